@@ -1,0 +1,52 @@
+"""multimatrix: Multi-matrix Factorization Attention (MFA, MFA-KR) and a fair test bench for attention that saves KV cache.
+
+Specs, tables and planning need no torch; the names that do are imported on first use. The model classes are known to
+transformers' Auto classes as soon as this package is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+from multimatrix.attention import VARIANTS, AttentionSpec, make_spec
+from multimatrix.errors import InputError
+
+if TYPE_CHECKING:
+    from multimatrix.attention.module import Attention
+    from multimatrix.model import MultimatrixConfig, MultimatrixForCausalLM, MultimatrixModel
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Attention": "multimatrix.attention.module",
+    "MultimatrixConfig": "multimatrix.model",
+    "MultimatrixForCausalLM": "multimatrix.model",
+    "MultimatrixModel": "multimatrix.model",
+}
+
+__all__ = [
+    "VARIANTS",
+    "Attention",
+    "AttentionSpec",
+    "InputError",
+    "MultimatrixConfig",
+    "MultimatrixForCausalLM",
+    "MultimatrixModel",
+    "make_spec",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'multimatrix' has no attribute {name!r}")
+
+
+# Registering with the Auto classes needs transformers, which takes seconds to import; so it waits until somebody
+# imports them.
+@wrapt.when_imported("transformers.models.auto.modeling_auto")
+def _register(_: Any) -> None:
+    importlib.import_module("multimatrix.model")

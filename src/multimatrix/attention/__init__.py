@@ -1,0 +1,61 @@
+"""The variants. To add one: write a file with its spec, and add its line to VARIANTS."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from multimatrix.attention.fpba import FPBASpec
+from multimatrix.attention.gmha import AttentionSpec, CacheLayout, Capacity, Weight
+from multimatrix.attention.gqa import GQASpec
+from multimatrix.attention.mfa import MFASpec
+from multimatrix.attention.mfa_kr import MFAKRSpec
+from multimatrix.attention.mha import MHASpec
+from multimatrix.attention.mla import MLASpec
+from multimatrix.attention.mqa import MQASpec
+from multimatrix.errors import InputError
+
+__all__ = ["VARIANTS", "AttentionSpec", "CacheLayout", "Capacity", "Weight", "make_spec", "spec_class"]
+
+VARIANTS: dict[str, type[AttentionSpec]] = {
+    "fpba": FPBASpec,
+    "mha": MHASpec,
+    "gqa": GQASpec,
+    "mqa": MQASpec,
+    "mla": MLASpec,
+    "mfa": MFASpec,
+    "mfa_kr": MFAKRSpec,
+}
+
+
+def spec_class(variant: str) -> type[AttentionSpec]:
+    """The spec class of a variant name; InputError with the known names where there is none."""
+    if variant not in VARIANTS:
+        near = difflib.get_close_matches(str(variant), VARIANTS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"there is no variant {variant!r}; the variants are {', '.join(VARIANTS)}{hint}")
+    return VARIANTS[variant]
+
+
+def make_spec(hidden_size: int, sizes: Mapping[str, Any]) -> AttentionSpec:
+    """The spec that `sizes`, {"variant": name, field: value, ...}, describes: the inverse of `spec.to_dict()`.
+
+    Raises:
+        InputError: the variant is unknown, a field is unknown or missing, or the sizes cannot work.
+    """
+    if "variant" not in sizes:
+        raise InputError(f"attention sizes need a 'variant', one of {', '.join(VARIANTS)}; got {dict(sizes)}")
+    cls = spec_class(sizes["variant"])
+    known = {field.name: field for field in dataclasses.fields(cls) if field.init and field.name != "hidden_size"}
+    given = {name: value for name, value in sizes.items() if name != "variant"}
+    for name in given:
+        if name not in known:
+            raise InputError(f"{cls.variant} has no size {name!r}; its sizes are {', '.join(known)}")
+    missing = [
+        name for name, field in known.items() if field.default is dataclasses.MISSING and name not in given
+    ]
+    if missing:
+        raise InputError(f"{cls.variant} needs {', '.join(missing)}; its sizes are {', '.join(known)}")
+    return cls(hidden_size=hidden_size, **given)

@@ -1,0 +1,132 @@
+"""The module of every variant: the weights a spec lists, and the five steps around them."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from multimatrix.attention.gmha import AttentionSpec
+from multimatrix.ops.attend import attend
+from multimatrix.ops.rotary import Rotation
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+
+class Attention(nn.Module):
+    """One attention layer built from a spec; its weights carry the names that `spec.weights` lists.
+
+    spec: the variant at its sizes. layer_idx: which layer of a transformers `Cache` is ours. eps: of every RMSNorm.
+    """
+
+    def __init__(self, spec: AttentionSpec, layer_idx: int = 0, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.spec = spec
+        self.layer_idx = layer_idx
+        for weight in spec.weights:
+            if weight.kind == "linear":
+                out_features, in_features = weight.shape
+                self.add_module(weight.name, nn.Linear(in_features, out_features, bias=False))
+            elif weight.kind == "norm":
+                self.add_module(weight.name, nn.RMSNorm(weight.shape[0], eps=eps))
+            else:
+                self.register_parameter(weight.name, nn.Parameter(torch.zeros(weight.shape)))
+
+    # The names are the spec's, so no static attribute can be declared for them.
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rotary: RotaryTables | None = None,
+        mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """x [B, T, H] -> [B, T, H], causal.
+
+        rotary: tables of this step. mask: what the new tokens see, as in `ops.attend.attend`; None where they see
+        every slot up to their own: the first T tokens, or one token over slots that are all filled. Where a layer is
+        used by itself, without `rotary`, both are made here, at theta 10,000. past_key_values: what was cached
+        before; it takes the new latents.
+        """
+        spec, tokens = self.spec, x.shape[1]
+        alone = rotary is None
+        if rotary is None:
+            seen = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
+            rotary = RotaryTables(seen + torch.arange(tokens, device=x.device), x.dtype)
+        rope = rotary.new(spec)
+        q, latents = spec.project(self, x, rope)
+        if past_key_values is not None:
+            latents = _cache(past_key_values, latents, self.layer_idx)
+            if alone and mask is None:
+                slots = torch.arange(latents[0].shape[2], device=x.device)
+                mask = (slots <= rotary.positions[:, None])[None, None]  # [1, 1, T, S]
+        if mask is None and tokens > 1:
+            # The first tokens of a static cache: the slots behind them are still empty.
+            latents = tuple(latent[:, :, :tokens] for latent in latents)
+        run = functools.partial(
+            attend,
+            scale=spec.scale,
+            mask=mask,
+            alibi=spec.position == "alibi",
+            query_positions=rotary.positions,
+            backend=backend,
+        )
+        # Past tokens would have to be expanded again at every step, so only a whole sequence is expanded.
+        if spec.has_expanded_form and latents[0].shape[2] == tokens > 1:
+            o = run(q, spec.expand(self, latents, rope))
+        else:
+            source = spec.cache.source
+            o = run(
+                spec.absorb(self, q),
+                latents,
+                source=source,
+                value_dim=spec.cached_head_dims[1],
+                slot_rope=rotary.slots(spec, latents[0].shape[2]) if source == "unrotated" else None,
+            )
+            o = spec.restore(self, o, rope)
+        return spec.emit(self, o)
+
+
+class RotaryTables:
+    """Rotations at the new tokens and at the cached slots of one step, made once for all layers that share them.
+
+    positions: slot numbers of the new tokens [T]. dtype: of the hidden states. theta: RoPE base.
+    """
+
+    def __init__(self, positions: Tensor, dtype: torch.dtype, theta: float = 10_000.0) -> None:
+        self.positions = positions
+        self.dtype = dtype
+        self.theta = theta
+        self._tables: dict[tuple[int, int, int], Rotation] = {}
+
+    def new(self, spec: AttentionSpec) -> Rotation:
+        """The rotation at the new tokens."""
+        return self._at(spec, 0)
+
+    def slots(self, spec: AttentionSpec, count: int) -> Rotation:
+        """The rotation at slots 0..count-1."""
+        return self._at(spec, count)
+
+    def _at(self, spec: AttentionSpec, slots: int) -> Rotation:
+        key = (spec.rope_dim, spec.rope_blocks, slots)
+        if key not in self._tables:
+            positions = torch.arange(slots, device=self.positions.device) if slots else self.positions
+            self._tables[key] = Rotation.at(positions, spec.rope_dim, self.theta, self.dtype, spec.rope_blocks)
+        return self._tables[key]
+
+
+def _cache(past_key_values: Cache, latents: tuple[Tensor, ...], layer_idx: int) -> tuple[Tensor, ...]:
+    """Store the new latents; everything cached so far comes back, one tensor for key-only variants."""
+    key = latents[0]
+    # A cache layer stores two tensors; one of width zero takes no memory.
+    value = latents[1] if len(latents) == 2 else key[..., :0]
+    keys, values = past_key_values.update(key, value, layer_idx)
+    return (keys, values) if len(latents) == 2 else (keys,)

@@ -1,0 +1,356 @@
+"""The two figures of a comparison: loss against training tokens, and loss against bytes of KV cache.
+
+Both are drawn with matplotlib's object-oriented interface; no global state is touched. Everything that is not
+data is drawn in `INK`, which the report replaces by the colour of its text, so that figures follow the theme.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import zlib
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator
+from matplotlib.transforms import Bbox
+from scipy.optimize import isotonic_regression
+
+from multimatrix.files import write_text
+
+INK = "#24292f"
+
+# Okabe and Ito's colours, which stay apart under the common colour deficiencies.
+STYLES = {
+    "mha": ("#7a7f87", "o"),
+    "gqa": ("#0072b2", "s"),
+    "mqa": ("#56b4e9", "^"),
+    "mla": ("#009e73", "D"),
+    "mfa": ("#d55e00", "v"),
+    "mfa_kr": ("#e69f00", "P"),
+}
+OTHER_COLOURS = ("#cc79a7", "#aa3377", "#999933", "#7b6fd0", "#8c564b", "#44aa99", "#b8336a")
+OTHER_MARKERS = ("X", "<", ">", "p", "h", "*")
+
+
+class Point(NamedTuple):
+    """One variant in the second figure."""
+
+    variant: str
+    size: int
+    mean: float
+    low: float
+    high: float
+    verdict: str | None
+
+
+# Where a name may stand, seen from its point: right, left, above, below, then the diagonals.
+SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One variant's loss at each token count: mean, lowest and highest seed, each of shape [points]."""
+
+    tokens: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def style_of(variant: str) -> tuple[str, str]:
+    """Colour and marker of a variant. They depend on the name alone: the same in every figure and run."""
+    if variant in STYLES:
+        return STYLES[variant]
+    code = zlib.crc32(variant.encode())
+    colour = OTHER_COLOURS[code % len(OTHER_COLOURS)]
+    return colour, OTHER_MARKERS[code // len(OTHER_COLOURS) % len(OTHER_MARKERS)]
+
+
+def display_name(variant: str) -> str:
+    """The name as papers print it: `mfa_kr` becomes MFA-KR."""
+    return variant.upper().replace("_", "-")
+
+
+def format_bytes(count: float | None) -> str:
+    """`512 B`, `6.75 KiB`, `1.5 GiB`: binary units, at most two decimals, a dash for None."""
+    if count is None:
+        return "–"
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(size) >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.2f}".rstrip("0").rstrip(".") + f" {units[0]}"
+
+
+def loss_against_tokens(results: dict[str, Any], directory: Path) -> Figure:
+    """Validation loss and smoothed training loss against tokens: mean over seeds, band from lowest to highest.
+
+    Reads `metrics.jsonl` of every run of `results` under `directory`. A variant with finished runs is drawn
+    from those alone; one without is drawn as far as it came. Validation is left out where no variant was
+    evaluated twice.
+    """
+    validation = _curves(results, directory, "validation_loss")
+    training = {name: _smooth(curve) for name, curve in _curves(results, directory, "loss").items()}
+    if training and all(len(curve.tokens) < 2 for curve in validation.values()):
+        validation = {}
+    panels = [
+        (label, curves)
+        for label, curves in (("validation loss", validation), ("training loss, smoothed", training))
+        if curves
+    ]
+    if not panels:
+        return _empty("no metrics have been written yet")
+    figure = Figure(figsize=(8, 3.3 * len(panels) + 0.5), layout="constrained")
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (label, curves) in zip(grid, panels, strict=True):
+        _dress(axes)
+        axes.set_ylabel(label, color=INK)
+        for name, curve in curves.items():
+            colour, marker = style_of(name)
+            shown = {"marker": marker, "markersize": 4.5} if len(curve.tokens) <= 30 else {}
+            axes.fill_between(curve.tokens, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(curve.tokens, curve.mean, color=colour, linewidth=1.6, **shown)
+        if _cut_the_start(axes, curves):
+            axes.set_title("The start is above the frame.", loc="left", fontsize=8.5, color=INK)
+    grid[-1].set_xlabel("training tokens", color=INK)
+    grid[-1].xaxis.set_major_formatter(EngFormatter(sep=" "))
+    figure.draw_without_rendering()
+    for axes, (_, curves) in zip(grid, panels, strict=True):
+        _label_ends(axes, curves)
+    return figure
+
+
+def loss_against_kv_bytes(results: dict[str, Any]) -> Figure:
+    """Final validation loss against KV bytes per token, bars from lowest to highest seed, baseline dashed.
+
+    Bytes are those counted from real storage where they were counted, else the stated ones. Variants without
+    a loss are left out, and so are those that cache nothing: they have no place on a logarithmic axis.
+    """
+    points = [point for row in results.get("rows") or [] if (point := _point(row))]
+    if not points:
+        return _empty("no variant has a validation loss yet")
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    _dress(axes)
+    baseline = results.get("baseline")
+    for point in points:
+        colour, marker = style_of(point.variant)
+        if point.variant == baseline:
+            axes.axhline(point.mean, color=colour, linewidth=1, linestyle=(0, (5, 4)), zorder=1)
+        axes.plot([point.size] * 2, [point.low, point.high], color=colour, marker="_", markersize=9)
+        axes.plot(point.size, point.mean, color=colour, marker=marker, markersize=9)
+    sizes = [math.log2(point.size) for point in points]
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(2 ** (math.floor(min(sizes) - 0.2)), 2 ** (math.ceil(max(sizes) + 0.2)))
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=14))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
+    axes.minorticks_off()
+    axes.margins(y=0.2)
+    axes.set_xlabel("KV cache per token", color=INK)
+    axes.set_ylabel("validation loss", color=INK)
+    axes.set_title(_caption(results, points), loc="left", fontsize=8.5, color=INK)
+    _label_points(figure, axes, points)
+    return figure
+
+
+def to_svg(figure: Figure, transparent: bool = False) -> str:
+    """The figure as SVG text without dates or random identifiers: the same data give the same text."""
+    buffer = StringIO()
+    with rc_context({"svg.fonttype": "path", "svg.hashsalt": "multimatrix"}):
+        nothing = dict.fromkeys(["Creator", "Date", "Format", "Type"])
+        figure.savefig(buffer, format="svg", transparent=transparent, metadata=nothing)
+    return buffer.getvalue()
+
+
+def save_figures(results: dict[str, Any], directory: Path) -> dict[str, Path]:
+    """Write both figures as PNG and SVG to `directory/figures` and return their paths by file name.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder = directory / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: dict[str, Path] = {}
+    figures = {
+        "loss_against_tokens": loss_against_tokens(results, directory),
+        "loss_against_kv_bytes": loss_against_kv_bytes(results),
+    }
+    for name, figure in figures.items():
+        svg, png, partial = (folder / f"{name}.{ending}" for ending in ("svg", "png", "partial"))
+        write_text(svg, to_svg(figure))
+        figure.savefig(partial, format="png", dpi=180)
+        partial.replace(png)
+        paths |= {svg.name: svg, png.name: png}
+    return paths
+
+
+def _curves(results: dict[str, Any], directory: Path, key: str) -> dict[str, Curve]:
+    """One curve per variant that has values of `key`, in the order of the runs."""
+    runs: dict[str, list[tuple[bool, np.ndarray]]] = {}
+    for run in results.get("runs") or []:
+        series = _read(directory / run["directory"] / "metrics.jsonl", key)
+        if series.shape[1]:
+            runs.setdefault(run["variant"], []).append((run.get("status") == "done", series))
+    curves = {}
+    for name, all_series in runs.items():
+        chosen = [series for done, series in all_series if done] or [series for _, series in all_series]
+        first, last = max(s[0, 0] for s in chosen), min(s[0, -1] for s in chosen)
+        tokens = chosen[0][0]
+        tokens = tokens[(tokens >= first) & (tokens <= last)]
+        if tokens.size:
+            values = np.stack([np.interp(tokens, *series) for series in chosen])  # [seeds, points]
+            curves[name] = Curve(tokens, values.mean(0), values.min(0), values.max(0))
+    return curves
+
+
+def _read(path: Path, key: str) -> np.ndarray:
+    """Tokens and finite values of `key`, [2, points].
+
+    A resumed run writes a step twice: the later line counts. A line that is not whole is skipped: the run was
+    interrupted while writing it.
+    """
+    found: dict[int, float] = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row.get(key) is not None and row.get("tokens") is not None and math.isfinite(row[key]):
+            found[row["tokens"]] = row[key]
+    return np.array(sorted(found.items()), dtype=float).reshape(-1, 2).T
+
+
+def _smooth(curve: Curve) -> Curve:
+    """Centred moving mean over a thirtieth of the points; at the ends over as many as there are."""
+    kernel = np.ones(2 * (len(curve.tokens) // 60) + 1)
+    weight = np.convolve(np.ones_like(curve.mean), kernel, "same")
+    mean, low, high = (np.convolve(y, kernel, "same") / weight for y in (curve.mean, curve.low, curve.high))
+    return Curve(curve.tokens, mean, low, high)
+
+
+def _cut_the_start(axes: Axes, curves: dict[str, Curve]) -> bool:
+    """Fit the y axis to the losses after the first fifth of training; True if that cuts something off."""
+    start = 0.2 * max(curve.tokens[-1] for curve in curves.values())
+    late = [curve.tokens >= min(start, curve.tokens[-1]) for curve in curves.values()]
+    low = min(curve.low[keep].min() for curve, keep in zip(curves.values(), late, strict=True))
+    high = max(curve.high[keep].max() for curve, keep in zip(curves.values(), late, strict=True))
+    margin = 0.06 * (high - low) or 0.05
+    axes.set_ylim(low - margin, high + margin)
+    return any(curve.high.max() > high + margin for curve in curves.values())
+
+
+def _label_ends(axes: Axes, curves: dict[str, Curve]) -> None:
+    """Name and last value to the right of each line, moved apart as little as it takes not to overlap."""
+    ordered = sorted(curves, key=lambda name: curves[name].mean[-1])
+    bottom, top = axes.get_ylim()
+    ends = np.array([(curves[name].mean[-1] - bottom) / (top - bottom) for name in ordered])
+    height = axes.get_window_extent().height / axes.figure.dpi * 72
+    steps = min(14 / height, 1 / len(ordered)) * np.arange(len(ordered))
+    heights = np.clip(isotonic_regression(ends - steps).x, 0, 1 - steps[-1]) + steps
+    for name, y in zip(ordered, heights, strict=True):
+        curve = curves[name]
+        axes.annotate(
+            f"{display_name(name)} {curve.mean[-1]:.3f}",
+            (curve.tokens[-1], curve.mean[-1]),
+            (1.02, y),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=9,
+            color=INK,
+            parse_math=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": style_of(name)[0],
+                "linewidth": 0.9,
+                "shrinkA": 1,
+                "shrinkB": 2,
+            },
+            annotation_clip=False,
+        )
+
+
+def _point(row: dict[str, Any]) -> Point | None:
+    """The row's place in the second figure, None where it has none."""
+    size = row.get("kv_bytes_per_token_counted") or row.get("kv_bytes_per_token")
+    loss = row.get("validation_loss") or {}
+    mean = loss.get("mean")
+    if not size or mean is None or not math.isfinite(mean):
+        return None
+    values = [mean, *(v for v in loss.get("values") or [] if v is not None and math.isfinite(v))]
+    return Point(row["variant"], size, mean, min(values), max(values), row.get("verdict"))
+
+
+def _caption(results: dict[str, Any], points: list[Point]) -> str:
+    """What the marks mean, in one line above the figure."""
+    bars = any(point.high > point.low for point in points)
+    text = "Bars: lowest to highest seed." if bars else "One seed each: no spread, so no verdict."
+    if any(point.variant == results.get("baseline") for point in points):
+        text += f" Dashed: {display_name(results['baseline'])}."
+    return text
+
+
+def _label_points(figure: Figure, axes: Axes, points: list[Point]) -> None:
+    """Write each name next to its point, at the nearest place that covers no other point, bar or name."""
+    figure.draw_without_rendering()
+    frame = axes.get_window_extent()
+    taken = []
+    for point in points:
+        (x, low), (_, middle), (_, high) = axes.transData.transform([(point.size, y) for y in point[2:5]])
+        low, middle, high = sorted((low, middle, high))
+        taken += [
+            Bbox([[x - 7, low - 2], [x + 7, high + 2]]),
+            Bbox([[x - 9, middle - 9], [x + 9, middle + 9]]),
+        ]
+    for point in points:
+        note = f" ({point.verdict})" if point.verdict in ("tie", "baseline") else ""
+        label = axes.annotate(
+            display_name(point.variant) + note,
+            (point.size, point.mean),
+            textcoords="offset points",
+            fontsize=9.5,
+            color=INK,
+            parse_math=False,
+        )
+        tried = []
+        for distance, side in itertools.product((10, 20, 32, 46), SIDES):
+            _move(label, distance, side)
+            box = label.get_window_extent()
+            outside = frame.x0 > box.x0 or box.x1 > frame.x1 or frame.y0 > box.y0 or box.y1 > frame.y1
+            tried.append((box.count_overlaps(taken) + 10 * outside, distance, side))
+            if tried[-1][0] == 0:
+                break
+        _move(label, *min(tried)[1:])
+        taken.append(label.get_window_extent())
+
+
+def _move(label: Annotation, distance: float, side: tuple[float, float]) -> None:
+    """Put a label `distance` points from its mark, on the given side."""
+    dx, dy = side
+    label.set_position((dx * distance, dy * distance))
+    label.set_horizontalalignment(("center", "left", "right")[round(dx)])
+    label.set_verticalalignment(("center", "bottom", "top")[round(dy)])
+
+
+def _dress(axes: Axes) -> None:
+    """Two quiet axis lines and a faint grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _empty(text: str) -> Figure:
+    """A figure that says why there is nothing to see."""
+    figure = Figure(figsize=(8, 1.6))
+    figure.text(0.5, 0.5, text, ha="center", va="center", color=INK)
+    return figure

@@ -1,0 +1,11 @@
+"""The one exception a user is meant to read."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """What the user asked for cannot work.
+
+    The message is one sentence with the numbers involved and the way out. The command line prints it and
+    exits with status 2; everything else that is raised is a bug of ours and keeps its traceback.
+    """

@@ -1,0 +1,172 @@
+"""A decoder language model around any attention variant, native to Hugging Face transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+
+from multimatrix.attention.gmha import AttentionSpec
+from multimatrix.attention.module import Attention, RotaryTables
+from multimatrix.model.configuration import MultimatrixConfig
+from multimatrix.model.feed_forward import SwiGLU
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: MultimatrixConfig, spec: AttentionSpec, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(spec, layer_idx, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: RotaryTables,
+        mask: Tensor | None,
+        past_key_values: Cache | None,
+        backend: str,
+    ) -> Tensor:
+        x = x + self.self_attn(
+            self.input_layernorm(x), rotary=rotary, mask=mask, past_key_values=past_key_values, backend=backend
+        )
+        return x + self.mlp(self.post_attention_layernorm(x))  # [B, T, H]
+
+
+class MultimatrixPreTrainedModel(PreTrainedModel):
+    """What the model classes share: configuration, capabilities, initialization."""
+
+    config: MultimatrixConfig
+    config_class = MultimatrixConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The rules stated in `MultimatrixConfig`. Called for children before parents, so that layers have the last word."""
+        super()._init_weights(module)
+        config = self.config
+        if isinstance(module, Attention):
+            for weight in module.spec.weights:
+                if weight.kind == "gate":
+                    init.zeros_(getattr(module, weight.name))
+            if config.zero_init_output:
+                init.zeros_(getattr(module, module.spec.output_weight).weight)
+        elif isinstance(module, DecoderLayer) and config.depth_scaled_init:
+            std = config.initializer_range * (2 * (module.layer_idx + 1)) ** -0.5
+            init.normal_(module.mlp.down_proj.weight, mean=0.0, std=std)
+
+
+class MultimatrixModel(MultimatrixPreTrainedModel):
+    """Embeddings, decoder layers and the final norm."""
+
+    def __init__(self, config: MultimatrixConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, spec, layer_idx) for layer_idx, spec in enumerate(config.layer_specs())
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """input_ids [B, T] or inputs_embeds [B, T, H] -> last_hidden_state [B, T, H].
+
+        attention_mask: [B, S], 1 for tokens and 0 for padding on either side, cached tokens included.
+        past_key_values: a transformers `Cache` of any length; it takes the new tokens.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        x = inputs_embeds  # [B, T, H]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        # Positions are slots: rotations are relative, so left padding needs nothing more.
+        positions = torch.arange(x.shape[1], device=x.device) + seen  # [T]
+        rotary = RotaryTables(positions, x.dtype, self.config.rope_theta)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        # "sdpa" is what transformers sets where nobody chose.
+        backend = "eager" if self.config._attn_implementation == "eager" else "auto"
+        for layer in self.layers:
+            x = layer(x, rotary, mask, past_key_values=past_key_values, backend=backend)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+
+class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
+    """The decoder with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MultimatrixConfig) -> None:
+        super().__init__(config)
+        self.model = MultimatrixModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Like `MultimatrixModel.forward`, and logits [B, T, vocab_size].
+
+        labels: [B, T], -100 is ignored; the shift by one token is made here. logits_to_keep: only the last so many
+        tokens' logits, 0 for all, or the indices of the tokens.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])  # [B, T, vocab_size]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)

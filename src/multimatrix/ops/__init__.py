@@ -1,0 +1,1 @@
+"""Arithmetic under the variants: functions on tensors, no nn.Module."""

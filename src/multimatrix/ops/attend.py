@@ -1,0 +1,134 @@
+"""The one entry to softmax attention: scores over the cached latents, values read off them, backend chosen here."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multimatrix.ops.alibi import alibi_bias
+
+if TYPE_CHECKING:
+    from multimatrix.attention.gmha import ValueSource
+    from multimatrix.ops.rotary import Rotation
+
+logger = logging.getLogger(__name__)
+
+
+def attend(
+    q: Tensor,
+    latents: tuple[Tensor, ...],
+    *,
+    scale: float,
+    source: ValueSource = "own",
+    value_dim: int | None = None,
+    slot_rope: Rotation | None = None,
+    mask: Tensor | None = None,
+    alibi: bool = False,
+    query_positions: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(scale * q . keys(latents)) values(latents), causal.
+
+    q: [B, N, T, D]. latents: [B, G, S, D], and [B, G, S, V] where the value is a tensor of its own. N is a multiple
+    of G. source: where values are read, see `gmha.ValueSource`; "slice" takes the leading `value_dim` elements of
+    the key, "unrotated" takes the latent as it is and turns the keys with `slot_rope`, the rotation at slots 0..S-1.
+    mask: [B or 1, 1, T, S], boolean (True is seen) or additive; None where the queries are the last T of the S
+    slots and see all before them. query_positions: slot numbers [T] of the queries, for ALiBi; by default the last T.
+    backend: "auto", "sdpa" or "eager".
+
+    Returns o [B, N, T, V].
+    """
+    key, value = _keys_and_values(latents, source, value_dim, slot_rope)
+    tokens, slots = q.shape[2], key.shape[2]
+    causal = mask is None and tokens == slots and tokens > 1 and not alibi
+    if mask is None and tokens > 1 and not causal:
+        mask = causal_mask(tokens, slots, q.device)
+    if alibi:
+        if query_positions is None:
+            query_positions = torch.arange(slots - tokens, slots, device=q.device)
+        bias = alibi_bias(q.shape[1], query_positions, slots, q.dtype)  # [N, T, S]
+        mask = _add_bias(mask, bias)
+    return _backend(backend)(q, key, value, mask, causal, scale)
+
+
+def causal_mask(tokens: int, slots: int, device: torch.device) -> Tensor:
+    """True where query t, the (slots - tokens + t)-th token, sees slot s; [1, 1, T, S]."""
+    seen = torch.ones(tokens, slots, dtype=torch.bool, device=device).tril(slots - tokens)
+    return seen[None, None]
+
+
+def _keys_and_values(
+    latents: tuple[Tensor, ...], source: ValueSource, value_dim: int | None, slot_rope: Rotation | None
+) -> tuple[Tensor, Tensor]:
+    key = latents[0]
+    if source == "own":
+        return key, latents[1]
+    if source == "key":
+        return key, key
+    if source == "slice":
+        return key, key[..., :value_dim]
+    assert slot_rope is not None, "un-rotated latents need the rotation at every slot"
+    return slot_rope(key), key
+
+
+def _add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
+    if mask is None:
+        return bias[None]
+    if mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, float("-inf"))  # [B, N, T, S]
+    return mask + bias
+
+
+def eager(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """Plain softmax attention; the softmax is taken in float32 at least."""
+    groups = key.shape[1]
+    grouped = q.unflatten(1, (groups, -1))  # [B, G, N / G, T, D]
+    scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * scale  # [B, N, T, S]
+    if causal:
+        mask = causal_mask(q.shape[2], key.shape[2], q.device)
+    if mask is not None and mask.dtype == torch.bool:
+        # A row that sees nothing (left padding) is all -inf; it must give zeros, not NaN.
+        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    elif mask is not None:
+        scores = scores + mask
+    precision = torch.promote_types(q.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=precision).to(q.dtype).unflatten(1, (groups, -1))
+    return (weights @ value.unsqueeze(2)).flatten(1, 2)  # [B, N, T, V]
+
+
+def sdpa(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """torch's scaled_dot_product_attention without copies of grouped keys."""
+    heads, groups = q.shape[1], key.shape[1]
+    if q.shape[2] == 1 and groups < heads:
+        # One new token: the heads of a group become query rows, so that each cached byte is read once for all.
+        if mask is not None and mask.shape[1] == heads:
+            mask = mask.unflatten(1, (groups, -1)).squeeze(3)  # [B, G, N / G, S]
+        rows = q.unflatten(1, (groups, -1)).squeeze(3)  # [B, G, N / G, D]
+        o = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+        return o.flatten(1, 2).unsqueeze(2)
+    return F.scaled_dot_product_attention(
+        q, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups < heads
+    )
+
+
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], Tensor]] = {
+    "eager": eager,
+    "sdpa": sdpa,
+}
+
+
+@functools.cache
+def _backend(name: str) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], Tensor]:
+    chosen = "sdpa" if name == "auto" else name
+    if chosen not in BACKENDS:
+        raise ValueError(f"there is no attention backend {name!r}; choose auto, {', '.join(BACKENDS)}")
+    why = "the only fused backend so far" if name == "auto" else "asked for"
+    logger.info("attention runs on %s: %s", chosen, why)
+    return BACKENDS[chosen]

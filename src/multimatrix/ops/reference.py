@@ -1,0 +1,115 @@
+"""The oracle: attention in float64, written as the equations, slowly.
+
+    O_i = sum_c [ sum_{j<=i} softmax_j( q_ci^T R_{j-i} k_cj * scale + bias_ij ) R_{j-i}^(value) v_cj ] O_c
+
+Nothing here is shared with the fast path: rotations are explicit matrices of the distance j - i, every head has its
+own keys and values, and nothing is cached. A variant supplies its `Circuits` with `spec.circuits(weights, x)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from multimatrix.ops.alibi import alibi_slopes
+
+if TYPE_CHECKING:
+    from multimatrix.attention.gmha import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Circuits:
+    """Every head of one sequence in full.
+
+    q, k: [N, T, D] before rotation. v: [N, T, V]. o: [N, V, H].
+    rotated: (start, stop) of the runs of elements of q and k that RoPE turns, each half-split in itself.
+    value_rotation: "none"; "relative" where the value met at i is R_{j-i} v_j; "absolute" for R_j v_j, which is the
+    inconsistent third reading of key reuse and exists only to be shown wrong.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    rotated: tuple[tuple[int, int], ...]
+    value_rotation: Literal["none", "relative", "absolute"] = "none"
+
+
+def reference_attention(
+    spec: AttentionSpec, weights: Mapping[str, Tensor], x: Tensor, *, theta: float = 10_000.0, offset: int = 0
+) -> Tensor:
+    """One layer's attention of one sequence, x [T, H] float64 -> [T, H] float64.
+
+    offset: position of the first token; only an inconsistent attention depends on it.
+    """
+    return attend_circuits(
+        spec.circuits(weights, x), scale=spec.scale, alibi=spec.position == "alibi", theta=theta, offset=offset
+    )
+
+
+def attend_circuits(
+    circuits: Circuits, *, scale: float, alibi: bool = False, theta: float = 10_000.0, offset: int = 0
+) -> Tensor:
+    """The causal sum over heads and tokens, [T, H]."""
+    heads, tokens, dim = circuits.q.shape
+    rotations = [rotation_matrix(distance, dim, circuits.rotated, theta).to(circuits.q) for distance in range(-tokens, 1)]
+    slopes = alibi_slopes(heads)
+    rows = []
+    for i in range(tokens):
+        row = circuits.o.new_zeros(circuits.o.shape[-1])  # [H]
+        for c in range(heads):
+            scores, values = [], []
+            for j in range(i + 1):
+                rotation = rotations[j - i - 1]  # R_{j-i}; the list ends with distance 0
+                score = circuits.q[c, i] @ (rotation @ circuits.k[c, j]) * scale
+                scores.append(score - slopes[c] * (i - j) if alibi else score)
+                value = circuits.v[c, j]
+                if circuits.value_rotation == "relative":
+                    value = rotation @ value
+                elif circuits.value_rotation == "absolute":
+                    value = rotation_matrix(offset + j, dim, circuits.rotated, theta).to(value) @ value
+                values.append(value)
+            row = row + torch.stack(scores).softmax(0) @ torch.stack(values) @ circuits.o[c]
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def bilinear_attention(x: Tensor, w: Tensor, u: Tensor, *, scale: float) -> Tensor:
+    """GMHA itself, without positions: x [T, H], W and U [N, H, H] -> [T, H].
+
+        O_i = sum_c sum_{j<=i} softmax_j(x_i W_c x_j^T * scale) x_j U_c
+    """
+    rows = []
+    for i in range(x.shape[0]):
+        seen = x[: i + 1]  # [i + 1, H]
+        rows.append(
+            sum(
+                ((x[i] @ w_c @ seen.T * scale).softmax(0) @ seen @ u_c for w_c, u_c in zip(w, u, strict=True)),
+                x.new_zeros(u.shape[-1]),
+            )
+        )
+    return torch.stack(rows)
+
+
+def rotation_matrix(distance: int, dim: int, rotated: tuple[tuple[int, int], ...], theta: float) -> Tensor:
+    """R_distance as a dense float64 matrix [dim, dim] that acts on column vectors."""
+    matrix = torch.eye(dim, dtype=torch.float64)
+    for start, stop in rotated:
+        half = (stop - start) // 2
+        for f in range(half):
+            angle = distance * theta ** (-2 * f / (stop - start))
+            a, b = start + f, start + f + half
+            matrix[a, a] = matrix[b, b] = math.cos(angle)
+            matrix[a, b], matrix[b, a] = -math.sin(angle), math.sin(angle)
+    return matrix
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
