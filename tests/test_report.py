@@ -172,6 +172,14 @@ def interrupted(directory: Path) -> dict[str, Any]:
     return results
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[dict[str, Any], Path, str]:
+    """Results, run directory and page of a finished comparison, made once; not to be changed."""
+    directory = tmp_path_factory.mktemp("finished")
+    results = sample(directory)
+    return results, directory, report.write_report(results, directory).read_text(encoding="utf-8")
+
+
 class Page(HTMLParser):
     """The parts of a page that tests ask about: rows of cells, and everything that could load something."""
 
@@ -210,8 +218,8 @@ def printed(results: dict[str, Any], width: int) -> str:
     return console.file.getvalue()
 
 
-def test_page_loads_nothing(tmp_path):
-    text = report.render(sample(tmp_path), tmp_path)
+def test_page_loads_nothing(finished):
+    text = finished[2]
     page = Page(text)
     assert "svg" in page.tags
     assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
@@ -222,13 +230,13 @@ def test_page_loads_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("variant", [name for name, *_ in VARIANTS])
-def test_cells_are_the_results(tmp_path, variant):
-    results = sample(tmp_path)
-    page = Page(report.render(results, tmp_path))
+def test_cells_are_the_results(finished, variant):
+    results, _, text = finished
+    page = Page(text)
     row = next(row for row in results["rows"] if row["variant"] == variant)
     quality, cost = (page.row(variant.upper().replace("_", "-"), table) for table in (0, 1))
     assert f"{row['validation_loss']['mean']:.4f}" in quality
-    assert f"{row['difference']:+.4f}" in quality
+    assert quality[8] == ("–" if variant == "mha" else f"{row['difference']:+.4f}")
     assert f"{100 * row['kv_bytes_per_token'] / 6912:.1f} %" in quality
     assert row["verdict"] == quality[-1]
     assert f"{row['intermediate_size']}" in cost
@@ -244,36 +252,35 @@ def test_headline_names_the_smallest_cache_that_holds(tmp_path):
     results = sample(tmp_path)
     text = report.headline(results)
     assert text.startswith("MFA-KR stores 11.1 % of MHA's cache; its loss is 0.0133 above MHA's, a tie")
-    assert "1 better, 3 tie, 1 worse" in text
+    assert report.tally(results) == "Against MHA: 1 better, 3 tie, 1 worse."
     for row in results["rows"]:
         if row["verdict"] in ("tie", "better"):
             row["verdict"] = "worse"
     assert "worse by more than the margin of 0.0142" in report.headline(results)
 
 
-def test_limits_stand_before_the_table(tmp_path):
-    results = sample(tmp_path)
-    text = report.render(results, tmp_path)
+def test_limits_stand_before_the_table(finished):
+    results, _, text = finished
     for limit in results["cannot_show"]:
         assert text.index("<h1>") < text.index(limit) < text.index("<table")
         assert " ".join(limit.split()[:4]) in printed(results, 80)
 
 
-def test_bytes_that_disagree_are_loud(tmp_path):
+def test_bytes_that_disagree_are_loud(finished, tmp_path):
+    assert "disagree" not in finished[2]
     results = sample(tmp_path)
-    assert "disagree" not in report.render(results, tmp_path)
     results["rows"][-1]["kv_bytes_per_token_counted"] = 1536
     page = report.render(results, tmp_path)
     warning = "MFA-KR states 768 bytes of cache per token, but 1,536 were counted"
     assert page.index(warning) < page.index("<table")
-    assert Page(page).row("MFA-KR")[2] == "768 B stated, 1.5 KiB counted"
+    assert Page(page).row("MFA-KR")[2] == "768 B ≠ 1.5 KiB"
     assert warning in " ".join(printed(results, 80).split())
     assert not report.headline(results).startswith("MFA-KR")
 
 
 def test_one_seed_gives_no_verdict(tmp_path):
     results = sample(tmp_path, seeds=(0,))
-    assert "from one seed, so no verdict" in report.headline(results)
+    assert "with one seed, so no verdict" in report.headline(results)
     row = Page(report.render(results, tmp_path)).row("MFA")
     assert row[-1] == "one seed"
     assert row[7] == "–"
@@ -311,8 +318,8 @@ def test_names_are_text(tmp_path):
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
-def test_terminal_table_fits(tmp_path, width):
-    lines = printed(sample(tmp_path), width).splitlines()
+def test_terminal_table_fits(finished, width):
+    lines = printed(finished[0], width).splitlines()
     assert max(map(len, lines)) <= width
     assert "…" not in "".join(lines)
     row = next(
@@ -337,23 +344,23 @@ def test_csv_holds_every_number_unrounded(tmp_path):
         assert [float(value) for value in written if value] == loss["values"]
 
 
-def test_figure_files(tmp_path):
+def test_figure_files(finished):
+    results, directory, _ = finished
     before = dict(matplotlib.rcParams)
-    paths = figures.save_figures(sample(tmp_path), tmp_path)
+    paths = figures.save_figures(results, directory)
     assert dict(matplotlib.rcParams) == before
     assert set(paths) == {
         f"loss_against_{what}.{end}" for what in ("tokens", "kv_bytes") for end in ("png", "svg")
     }
-    assert sorted(paths.values()) == sorted((tmp_path / "figures").iterdir())
+    assert sorted(paths.values()) == sorted((directory / "figures").iterdir())
     for name, path in paths.items():
         assert path.stat().st_size > 10_000
         assert path.read_bytes()[:4] == (b"\x89PNG" if name.endswith("png") else b"<?xm")
 
 
-def test_same_results_give_the_same_page(tmp_path):
-    results = sample(tmp_path)
-    path = report.write_report(results, tmp_path)
-    assert path.read_text(encoding="utf-8") == report.render(results, tmp_path)
+def test_same_results_give_the_same_page(finished):
+    results, directory, text = finished
+    assert report.render(results, directory) == text
 
 
 def test_colours_follow_the_name(tmp_path):
@@ -367,9 +374,9 @@ def test_colours_follow_the_name(tmp_path):
         assert colour in {to_hex(line.get_color()) for line in figure.axes[0].lines}
 
 
-def test_curves_are_means_over_seeds(tmp_path):
-    results = sample(tmp_path)
-    validation, training = figures.loss_against_tokens(results, tmp_path).axes
+def test_curves_are_means_over_seeds(finished):
+    results, directory, _ = finished
+    validation, training = figures.loss_against_tokens(results, directory).axes
     assert len(validation.lines) == len(training.lines) == len(VARIANTS)
     line = validation.lines[0]
     assert line.get_ydata()[-1] == pytest.approx(results["rows"][0]["validation_loss"]["mean"])

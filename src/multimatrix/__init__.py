@@ -16,15 +16,16 @@ from multimatrix.errors import InputError
 
 if TYPE_CHECKING:
     from multimatrix.attention.module import Attention
-    from multimatrix.model import MultimatrixConfig, MultimatrixForCausalLM, MultimatrixModel
+    from multimatrix.model.configuration import MultimatrixConfig
+    from multimatrix.model.modeling import MultimatrixForCausalLM, MultimatrixModel
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Attention": "multimatrix.attention.module",
-    "MultimatrixConfig": "multimatrix.model",
-    "MultimatrixForCausalLM": "multimatrix.model",
-    "MultimatrixModel": "multimatrix.model",
+    "MultimatrixConfig": "multimatrix.model.configuration",
+    "MultimatrixForCausalLM": "multimatrix.model.modeling",
+    "MultimatrixModel": "multimatrix.model.modeling",
 }
 
 __all__ = [
@@ -45,8 +46,13 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'multimatrix' has no attribute {name!r}")
 
 
-# Registering with the Auto classes needs transformers, which takes seconds to import; so it waits until somebody
-# imports them.
+# The model classes register themselves with transformers' Auto classes where they are defined. That needs transformers,
+# which takes seconds to import, so it waits until somebody imports the Auto classes.
+@wrapt.when_imported("transformers.models.auto.configuration_auto")
+def _register_config(_: Any) -> None:
+    importlib.import_module("multimatrix.model.configuration")
+
+
 @wrapt.when_imported("transformers.models.auto.modeling_auto")
-def _register(_: Any) -> None:
-    importlib.import_module("multimatrix.model")
+def _register_models(_: Any) -> None:
+    importlib.import_module("multimatrix.model.modeling")

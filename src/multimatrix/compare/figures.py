@@ -52,6 +52,7 @@ class Point(NamedTuple):
     verdict: str | None
 
 
+LABEL: dict[str, Any] = {"fontsize": 9.5, "color": INK, "parse_math": False}
 # Where a name may stand, seen from its point: right, left, above, below, then the diagonals.
 SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7))
 
@@ -91,7 +92,7 @@ def format_bytes(count: float | None) -> str:
 
 
 def loss_against_tokens(results: dict[str, Any], directory: Path) -> Figure:
-    """Validation loss and smoothed training loss against tokens: mean over seeds, band from lowest to highest.
+    """Validation and smoothed training loss against tokens: mean over seeds, band from lowest to highest.
 
     Reads `metrics.jsonl` of every run of `results` under `directory`. A variant with finished runs is drawn
     from those alone; one without is drawn as far as it came. Validation is left out where no variant was
@@ -120,11 +121,9 @@ def loss_against_tokens(results: dict[str, Any], directory: Path) -> Figure:
             axes.plot(curve.tokens, curve.mean, color=colour, linewidth=1.6, **shown)
         if _cut_the_start(axes, curves):
             axes.set_title("The start is above the frame.", loc="left", fontsize=8.5, color=INK)
+        _label_ends(axes, curves)
     grid[-1].set_xlabel("training tokens", color=INK)
     grid[-1].xaxis.set_major_formatter(EngFormatter(sep=" "))
-    figure.draw_without_rendering()
-    for axes, (_, curves) in zip(grid, panels, strict=True):
-        _label_ends(axes, curves)
     return figure
 
 
@@ -230,16 +229,16 @@ def _read(path: Path, key: str) -> np.ndarray:
 
 
 def _smooth(curve: Curve) -> Curve:
-    """Centred moving mean over a thirtieth of the points; at the ends over as many as there are."""
-    kernel = np.ones(2 * (len(curve.tokens) // 60) + 1)
+    """Centred moving mean over a twentieth of the points; at the ends over as many as there are."""
+    kernel = np.ones(2 * (len(curve.tokens) // 40) + 1)
     weight = np.convolve(np.ones_like(curve.mean), kernel, "same")
     mean, low, high = (np.convolve(y, kernel, "same") / weight for y in (curve.mean, curve.low, curve.high))
     return Curve(curve.tokens, mean, low, high)
 
 
 def _cut_the_start(axes: Axes, curves: dict[str, Curve]) -> bool:
-    """Fit the y axis to the losses after the first fifth of training; True if that cuts something off."""
-    start = 0.2 * max(curve.tokens[-1] for curve in curves.values())
+    """Fit the y axis to the losses after the first third of training; True if that cuts something off."""
+    start = max(curve.tokens[-1] for curve in curves.values()) / 3
     late = [curve.tokens >= min(start, curve.tokens[-1]) for curve in curves.values()]
     low = min(curve.low[keep].min() for curve, keep in zip(curves.values(), late, strict=True))
     high = max(curve.high[keep].max() for curve, keep in zip(curves.values(), late, strict=True))
@@ -252,29 +251,22 @@ def _label_ends(axes: Axes, curves: dict[str, Curve]) -> None:
     """Name and last value to the right of each line, moved apart as little as it takes not to overlap."""
     ordered = sorted(curves, key=lambda name: curves[name].mean[-1])
     bottom, top = axes.get_ylim()
+    end = max(curve.tokens[-1] for curve in curves.values())
     ends = np.array([(curves[name].mean[-1] - bottom) / (top - bottom) for name in ordered])
-    height = axes.get_window_extent().height / axes.figure.dpi * 72
-    steps = min(14 / height, 1 / len(ordered)) * np.arange(len(ordered))
+    steps = min(0.075, 1 / len(ordered)) * np.arange(len(ordered))  # of the axes' height
     heights = np.clip(isotonic_regression(ends - steps).x, 0, 1 - steps[-1]) + steps
     for name, y in zip(ordered, heights, strict=True):
-        curve = curves[name]
+        x, loss = curves[name].tokens[-1], curves[name].mean[-1]
+        leader = {"arrowstyle": "-", "linestyle": ":", "color": style_of(name)[0], "relpos": (0, 0.5)}
         axes.annotate(
-            f"{display_name(name)} {curve.mean[-1]:.3f}",
-            (curve.tokens[-1], curve.mean[-1]),
-            (1.02, y),
+            f"{display_name(name)} {loss:.3f}" + (" (stopped)" if x < 0.99 * end else ""),
+            (x, loss),
+            (1.03, y),
             textcoords="axes fraction",
+            arrowprops={**leader, "shrinkA": 0, "shrinkB": 2},
             va="center",
-            fontsize=9,
-            color=INK,
-            parse_math=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": style_of(name)[0],
-                "linewidth": 0.9,
-                "shrinkA": 1,
-                "shrinkB": 2,
-            },
             annotation_clip=False,
+            **LABEL,
         )
 
 
@@ -299,45 +291,42 @@ def _caption(results: dict[str, Any], points: list[Point]) -> str:
 
 
 def _label_points(figure: Figure, axes: Axes, points: list[Point]) -> None:
-    """Write each name next to its point, at the nearest place that covers no other point, bar or name."""
+    """Write each name next to its point, where it covers no other point, bar, line or name."""
     figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     frame = axes.get_window_extent()
     taken = []
     for point in points:
-        (x, low), (_, middle), (_, high) = axes.transData.transform([(point.size, y) for y in point[2:5]])
-        low, middle, high = sorted((low, middle, high))
-        taken += [
-            Bbox([[x - 7, low - 2], [x + 7, high + 2]]),
-            Bbox([[x - 9, middle - 9], [x + 9, middle + 9]]),
-        ]
+        (x, low), (_, y), (_, high) = axes.transData.transform([(point.size, loss) for loss in point[2:5]])
+        taken.append(Bbox([[x - 9, min(low, y - 9)], [x + 9, max(high, y + 9)]]))
+        if point.verdict == "baseline":
+            taken.append(Bbox([[frame.x0, y - 2], [frame.x1, y + 2]]))
     for point in points:
         note = f" ({point.verdict})" if point.verdict in ("tie", "baseline") else ""
-        label = axes.annotate(
-            display_name(point.variant) + note,
-            (point.size, point.mean),
-            textcoords="offset points",
-            fontsize=9.5,
-            color=INK,
-            parse_math=False,
-        )
-        tried = []
-        for distance, side in itertools.product((10, 20, 32, 46), SIDES):
-            _move(label, distance, side)
+        text, place = display_name(point.variant) + note, (point.size, point.mean)
+        tried: list[tuple[int, int, Annotation]] = []
+        for distance, (dx, dy) in itertools.product((10, 20, 32, 46), SIDES):
+            label = axes.annotate(
+                text,
+                place,
+                (dx * distance, dy * distance),
+                textcoords="offset points",
+                ha=("center", "left", "right")[round(dx)],
+                va=("center", "bottom", "top")[round(dy)],
+                **LABEL,
+            )
             box = label.get_window_extent()
             outside = frame.x0 > box.x0 or box.x1 > frame.x1 or frame.y0 > box.y0 or box.y1 > frame.y1
-            tried.append((box.count_overlaps(taken) + 10 * outside, distance, side))
+            tried.append((box.count_overlaps(taken) + 10 * outside, len(tried), label))
+            label.set_visible(False)
             if tried[-1][0] == 0:
                 break
-        _move(label, *min(tried)[1:])
-        taken.append(label.get_window_extent())
-
-
-def _move(label: Annotation, distance: float, side: tuple[float, float]) -> None:
-    """Put a label `distance` points from its mark, on the given side."""
-    dx, dy = side
-    label.set_position((dx * distance, dy * distance))
-    label.set_horizontalalignment(("center", "left", "right")[round(dx)])
-    label.set_verticalalignment(("center", "bottom", "top")[round(dy)])
+        best = min(tried)[2]
+        best.set_visible(True)
+        taken.append(best.get_window_extent())
+        for _, _, label in tried:
+            if label is not best:
+                label.remove()
 
 
 def _dress(axes: Axes) -> None:

@@ -71,7 +71,7 @@ def _short(count: int | None) -> str:
 def _bytes_cell(row: Row) -> Cell:
     stated, counted = row.get("kv_bytes_per_token"), row.get("kv_bytes_per_token_counted")
     if _disagrees(row):
-        return Cell(f"{format_bytes(stated)} stated, {format_bytes(counted)} counted", "alarm")
+        return Cell(f"{format_bytes(stated)} ≠ {format_bytes(counted)}", "alarm")
     return Cell(format_bytes(stated))
 
 
@@ -86,6 +86,10 @@ def _statistic(key: str, part: str, digits: int) -> Callable[[Row], str]:
     return lambda row: number((row.get(key) or {}).get(part), digits)
 
 
+def _difference_cell(row: Row) -> str:
+    return number(None if row.get("verdict") == "baseline" else row.get("difference"), 4, sign=True)
+
+
 def _verdict_cell(row: Row) -> Cell:
     verdict = row.get("verdict")
     return Cell(verdict, verdict.replace(" ", "-")) if verdict else Cell("–", "quiet")
@@ -95,6 +99,12 @@ def _share(row: Row) -> float | None:
     """What the row stores as a fraction of what MHA stores."""
     reduction = row.get("kv_reduction")
     return None if reduction is None else 1 - reduction
+
+
+def _judged(results: dict[str, Any]) -> list[Row]:
+    """The rows with a loss to set against the baseline's, without the baseline."""
+    rows = [row for row in results.get("rows") or [] if row["variant"] != results.get("baseline")]
+    return [row for row in rows if row.get("difference") is not None]
 
 
 def _disagrees(row: Row) -> bool:
@@ -111,17 +121,17 @@ QUALITY = (
     Column("seeds", lambda row: number(len(row.get("seeds") or []))),
     Column("valid. loss", _statistic("validation_loss", "mean", 4)),
     Column("spread", _statistic("validation_loss", "spread", 4)),
-    Column("vs {baseline}", lambda row: number(row.get("difference"), 4, sign=True)),
+    Column("vs {baseline}", _difference_cell),
     Column("margin", lambda row: number(row.get("margin"), 4), terminal=False),
     Column("verdict", _verdict_cell),
 )
 COST = (
     Column("variant", lambda row: display_name(row["variant"])),
-    Column("param- eters", lambda row: _short(row.get("parameters"))),
+    Column("params", lambda row: _short(row.get("parameters"))),
     Column("vs {baseline}", lambda row: percent(row.get("parameter_mismatch"), 2, sign=True)),
-    Column("in atten- tion", lambda row: _short(row.get("attention_parameters")), terminal=False),
-    Column("feed- forward width", lambda row: number(row.get("intermediate_size")), terminal=False),
-    Column("total rank", lambda row: number(row.get("total_effective_rank"))),
+    Column("of which attention", lambda row: _short(row.get("attention_parameters")), terminal=False),
+    Column("FFN width", lambda row: number(row.get("intermediate_size")), terminal=False),
+    Column("rank", lambda row: number(row.get("total_effective_rank"))),
     Column("perplexity", _statistic("perplexity", "mean", 3), terminal=False),
     Column("bits per byte", _statistic("bits_per_byte", "mean", 4), terminal=False),
     Column("train tok/s", lambda row: number(row.get("train_tokens_per_second"))),
@@ -140,34 +150,35 @@ TERMINAL_STYLES = {
 
 
 def headline(results: dict[str, Any]) -> str:
-    """The answer in one or two sentences: the smallest cache that holds up, and how the others did.
+    """The answer in one sentence: how much the smallest cache that holds up stores, and at what loss.
 
     Holding up is a tie or better; where no variant does, or none was judged, the smallest cache is named.
     Variants whose stated and counted bytes disagree cannot be the answer.
     """
-    rows = results.get("rows") or []
     name = display_name(results.get("baseline") or "the baseline")
-    others = [row for row in rows if row["variant"] != results.get("baseline")]
-    judged = [row for row in others if row.get("difference") is not None]
-    sound = [row for row in judged if not _disagrees(row) and _share(row) is not None]
+    sound = [row for row in _judged(results) if not _disagrees(row) and _share(row) is not None]
     if not sound:
         return f"No variant can be set against {name} yet."
     holding = [row for row in sound if row.get("verdict") in ("tie", "better")]
-    row = min(holding or sound, key=lambda row: row["kv_bytes_per_token"])
+    row = min(holding or sound, key=lambda row: (row["kv_bytes_per_token"], row["difference"]))
     endings = {
         "tie": "a tie at this spread.",
         "better": f"better by more than the margin of {number(row.get('margin'), 4)}.",
         "worse": f"worse by more than the margin of {number(row.get('margin'), 4)}.",
     }
-    gap, verdict = row["difference"], row.get("verdict") or ""
-    side = "above" if gap > 0 else "below"
-    text = (
+    return (
         f"{display_name(row['variant'])} stores {percent(_share(row))} of MHA's cache; its loss is "
-        f"{number(abs(gap), 4)} {side} {name}'s, {endings.get(verdict, 'from one seed, so no verdict.')}"
+        f"{number(abs(row['difference']), 4)} {'above' if row['difference'] > 0 else 'below'} {name}'s, "
+        f"{endings.get(row.get('verdict') or '', 'with one seed, so no verdict.')}"
     )
-    counts = {v: sum(r.get("verdict") == v for r in judged) for v in ("better", "tie", "worse")}
-    tally = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    return f"{text} Against {name}: {tally}." if tally and len(judged) > 1 else text
+
+
+def tally(results: dict[str, Any]) -> str:
+    """How all variants did: `Against MHA: 1 better, 3 tie, 1 worse.`; empty where there is no verdict."""
+    verdicts = [row.get("verdict") for row in _judged(results)]
+    counts = [f"{verdicts.count(v)} {v}" for v in ("better", "tie", "worse", "one seed") if v in verdicts]
+    name = display_name(results.get("baseline") or "the baseline")
+    return f"Against {name}: {', '.join(counts)}." if counts else ""
 
 
 def alarms(results: dict[str, Any]) -> list[str]:
@@ -188,15 +199,16 @@ def alarms(results: dict[str, Any]) -> list[str]:
 
 def console_table(results: dict[str, Any]) -> Table:
     """The headline, warnings, both tables and what they cannot show, for a terminal of 80 columns or more."""
-    page = Table.grid(padding=(0, 0, 1, 0))
-    page.add_row(Text(headline(results), style="bold"))
+    page = Table.grid(padding=(1, 0))
+    page.add_row(Text(f"{headline(results)} {tally(results)}", style="bold"))
     if found := alarms(results):
         page.add_row(Text("\n".join(found), style="bold red"))
     for columns in (QUALITY, COST):
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
         shown = [column for column in columns if column.terminal]
         for place, heading in enumerate(_headings(shown, results)):
-            table.add_column(Text(heading), justify="right" if place else "left", vertical="bottom")
+            left = place == 0 or heading == "verdict"
+            table.add_column(Text(heading), justify="left" if left else "right", vertical="bottom")
         for row in results.get("rows") or []:
             cells = _cells(shown, row)
             table.add_row(*(Text(cell.text, style=TERMINAL_STYLES.get(cell.kind, "")) for cell in cells))
@@ -237,6 +249,7 @@ def render(results: dict[str, Any], directory: Path) -> str:
         created=results.get("created") or "",
         command=results.get("command") or "",
         headline=headline(results),
+        tally=tally(results),
         alarms=alarms(results),
         can_show=results.get("can_show") or [],
         cannot_show=results.get("cannot_show") or [],

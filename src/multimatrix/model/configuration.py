@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from multimatrix.attention import AttentionSpec, make_spec
@@ -79,3 +80,6 @@ class MultimatrixConfig(PreTrainedConfig):
         """Base of the rotary frequencies."""
         assert self.rope_parameters is not None
         return float(self.rope_parameters.get("rope_theta", 10_000.0))
+
+
+AutoConfig.register(MultimatrixConfig.model_type, MultimatrixConfig)

@@ -1,0 +1,53 @@
+"""From what a user writes, `mha,mfa,mfa_kr@tied` and `mfa_kr@tied.value_map=tied`, to specs."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from typing import Any
+
+from multimatrix.attention import AttentionSpec, make_spec, spec_class
+from multimatrix.errors import InputError
+
+
+def specs_from_labels(
+    labels: Sequence[str], *, hidden_size: int, head_dim: int, overrides: Sequence[str] = (), **options: Any
+) -> dict[str, AttentionSpec]:
+    """One spec per label, at the variant's customary sizes with the overrides applied.
+
+    labels: variant names; `name@anything` tells two settings of one variant apart. head_dim: of the MHA of the same
+    hidden_size, from which every variant's customary sizes follow. overrides: `label.field=value`. options: fields
+    set on every variant.
+
+    Raises:
+        InputError: an unknown variant, field or label, or sizes that cannot work.
+    """
+    if not labels:
+        raise InputError("no variants were given; name at least one, for example mha,mfa,mfa_kr")
+    repeated = sorted({label for label in labels if list(labels).count(label) > 1})
+    if repeated:
+        raise InputError(f"variant {repeated[0]!r} is listed twice; write {repeated[0]}@name to tell settings apart")
+    if hidden_size < 1 or head_dim < 1 or head_dim > hidden_size:
+        raise InputError(f"head_dim must be between 1 and hidden_size, got {head_dim} and {hidden_size}")
+    changes: dict[str, dict[str, Any]] = {label: {} for label in labels}
+    for override in overrides:
+        label, field, value = _parse_override(override)
+        if label not in changes:
+            raise InputError(f"{override!r} sets a size of {label!r}, which is not among {', '.join(labels)}")
+        changes[label][field] = value
+    specs = {}
+    for label in labels:
+        usual = spec_class(label.partition("@")[0]).sized(hidden_size, head_dim, **options)
+        specs[label] = make_spec(hidden_size, usual.to_dict() | changes[label])
+    return specs
+
+
+def _parse_override(text: str) -> tuple[str, str, Any]:
+    target, equals, value = text.partition("=")
+    label, dot, field = target.strip().rpartition(".")
+    if not (equals and dot and label and field):
+        raise InputError(f"cannot read {text!r}; write label.field=value, for example mfa.num_heads=18")
+    try:
+        return label, field, tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        return label, field, value.strip()

@@ -1,0 +1,111 @@
+"""Documents to blocks of equal length, and the blocks as a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from multimatrix.data.corpus import Corpus
+from multimatrix.errors import InputError
+
+# The tokenizer holds about 100 bytes a token while it works on a batch of documents.
+BATCH_CHARACTERS = 1_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class PackedText:
+    """Token blocks of both sides of a corpus.
+
+    Attributes:
+        train: int32 `[blocks, context]`.
+        validation: int32 `[blocks, context]`.
+        vocab_size: one more than the largest token id the tokenizer knows.
+        validation_bytes_per_token: UTF-8 bytes of the validation text over its tokens, the eos of every
+            document counted as a token of no bytes. Bits per byte = mean loss in nats / ln 2 / this.
+    """
+
+    train: NDArray[np.int32]
+    validation: NDArray[np.int32]
+    vocab_size: int
+    validation_bytes_per_token: float
+
+
+class BlockDataset(torch.utils.data.Dataset):
+    """Blocks `[blocks, context]` for the transformers Trainer: `input_ids` and equal `labels` `[context]`."""
+
+    def __init__(self, blocks: NDArray[np.int32]) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        tokens = torch.from_numpy(self.blocks[index].astype(np.int64))  # [context]
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, context: int) -> PackedText:
+    """Join the documents of each side, each followed by eos, and cut them into blocks of `context` tokens.
+
+    Documents keep the order of the corpus; the remainder of each side is dropped. Special tokens written out in
+    a text, such as "<|endoftext|>" in a page about tokenizers, are encoded as the characters they are.
+
+    Raises:
+        InputError: `context` is below 2, the tokenizer has no eos, or a side is shorter than one block.
+    """
+    if context < 2:
+        raise InputError(f"context must be at least 2, to have a next token to predict, got {context}")
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no eos token to end documents with; get it from load_tokenizer")
+    train = _encode(corpus.train, tokenizer)  # [tokens]
+    validation = _encode(corpus.validation, tokenizer)  # [tokens]
+    return PackedText(
+        train=_cut(train, context, "train"),
+        validation=_cut(validation, context, "validation"),
+        vocab_size=1 + max(tokenizer.get_vocab().values()),
+        validation_bytes_per_token=sum(len(text.encode()) for text in corpus.validation) / len(validation),
+    )
+
+
+def _encode(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int32]:
+    parts: list[NDArray[np.int32]] = []
+    for batch in _batches(documents):
+        encoded = tokenizer(
+            batch,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        parts.extend(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded["input_ids"])
+    return np.concatenate(parts)  # [tokens]
+
+
+def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
+    """Neighbouring documents, as many as make up `BATCH_CHARACTERS`; a longer document is alone."""
+    batch: list[str] = []
+    size = 0
+    for text in documents:
+        if batch and size + len(text) > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    yield batch
+
+
+def _cut(tokens: NDArray[np.int32], context: int, side: str) -> NDArray[np.int32]:
+    blocks = len(tokens) // context
+    if blocks == 0:
+        raise InputError(
+            f"the {side} text has {len(tokens)} tokens and one block needs {context}; "
+            f"set context to at most {len(tokens)} or add text"
+        )
+    return tokens[: blocks * context].reshape(blocks, context)
