@@ -1,8 +1,8 @@
 """A corpus: documents from files, folders or hub data sets, without duplicates, split by document.
 
-Documents are ordered by the hash of their text, never by where they were found. So a corpus, its split and its
-hash are the same on every machine and in every order of the files, and a text that occurs twice cannot be on
-both sides of the split.
+Documents are ordered by the hash of their text, never by where they were found. So a corpus, its split and
+its hash are the same on every machine and in every order of the files, and a text that occurs twice cannot be
+on both sides of the split.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def load_corpus(sources: Sequence[str] = (), *, validation_fraction: float = 0.1
             "stdlib": the Python standard library, one document a module. It differs between Python versions:
             show the name and the hash, and never compare losses across them.
             Files: .txt and .md are one document each; .jsonl and .parquet one document a row, from the field
-            `text` or else the only field of strings; "path.jsonl::field" chooses another. A row that holds null
-            there is no document. Each may be compressed: .gz, .xz, .zst.
+            `text` or else the only field of strings; "path.jsonl::field" chooses another. A row that holds
+            null there is no document. Each may be compressed: .gz, .xz, .zst.
             Hub: "hub:owner/name", "hub:owner/name:config", "hub:owner/name::field"; the split named "train".
-        validation_fraction: share of the characters to hold out, in (0, 0.5]. Whole documents are held out, so
-            few or very unequal documents give another share.
+        validation_fraction: share of the characters to hold out, in (0, 0.5]. Whole documents are held out,
+            so few or very unequal documents give another share.
 
     Raises:
         InputError: a source cannot be read or means nothing, there are fewer than two different documents, or
@@ -128,7 +128,7 @@ def _without_duplicates(documents: Iterable[str]) -> list[str]:
 def _choose_validation(documents: Sequence[str], fraction: float) -> set[int]:
     """Indices to hold out: in order, each document that brings the share of characters closer to `fraction`.
 
-    A fraction of at most 0.5 never takes all documents. Where each of them is too long, the shortest is taken.
+    A fraction of at most 0.5 never takes all of them. Where each is too long, the shortest is taken.
     """
     missing = fraction * sum(len(text) for text in documents)
     chosen = set()

@@ -52,8 +52,8 @@ class BlockDataset(torch.utils.data.Dataset):
 def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, context: int) -> PackedText:
     """Join the documents of each side, each followed by eos, and cut them into blocks of `context` tokens.
 
-    Documents keep the order of the corpus; the remainder of each side is dropped. Special tokens written out in
-    a text, such as "<|endoftext|>" in a page about tokenizers, are encoded as the characters they are.
+    Documents keep the order of the corpus; the remainder of each side is dropped. Special tokens written out
+    in a text, such as "<|endoftext|>" in a page about tokenizers, are encoded as the characters they are.
 
     Raises:
         InputError: `context` is below 2, the tokenizer has no eos, or a side is shorter than one block.

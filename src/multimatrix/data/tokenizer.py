@@ -23,16 +23,16 @@ def load_tokenizer(name: str, corpus_train: Sequence[str]) -> PreTrainedTokenize
 
     Args:
         name: "bytes": a token id is a byte, 256 is eos. "bpe:N": byte-level BPE of N entries in all, eos the
-            last, trained on `corpus_train` and nothing else. These two give every text back exactly and encode
-            a special token that is written out in a text as the characters it is.
+            last, trained on `corpus_train` and nothing else. These two give every text back exactly and
+            encode a special token that is written out in a text as the characters it is.
             A folder: whatever AutoTokenizer reads, or only tokenizer.json, or GPT-2's encoder.json and
-            vocab.bpe, or only a SentencePiece tokenizer.model. A file: tokenizer.json or tokenizer.model, taken
-            alone; name its folder to have tokenizer_config.json obeyed. Anything else: a name on the hub.
+            vocab.bpe, or only a SentencePiece tokenizer.model. A file: tokenizer.json or tokenizer.model,
+            taken alone; name its folder to have tokenizer_config.json obeyed. Anything else: a hub name.
         corpus_train: the train documents; only "bpe:N" looks at them.
 
     A tokenizer that names no eos gets, in this order: the one of its own special tokens that is called so by
-    custom (`END_NAMES`), its bos (which separates documents as well), or a new entry "<|endoftext|>", so that its
-    vocabulary grows by one. Padding falls back to eos.
+    custom (`END_NAMES`), its bos (which separates documents as well), or a new entry "<|endoftext|>", so that
+    its vocabulary grows by one. Padding falls back to eos.
 
     Raises:
         InputError: the name means nothing, the files or the hub cannot be read, N is below 257 or more than
@@ -189,7 +189,7 @@ def _load_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     """Every way to put a piece together from two, best score first.
 
-    Among equals the longer left half: runs of spaces, whose pieces all score the same, then grow from the left.
+    Among equals the longer left half: runs of spaces, whose pieces score the same, then grow from the left.
     """
     pairs = [
         (score, piece[:cut], piece[cut:])
