@@ -43,7 +43,8 @@ class GQASpec(AttentionSpec):
     @classmethod
     def sized(cls, hidden_size: int, head_dim: int, **options: Any) -> Self:
         heads = hidden_size // head_dim
-        groups = next(groups for groups in (heads // 4, heads // 2, 1) if groups and heads % groups == 0)
+        # A group for every four heads, but two groups at least: one would be MQA.
+        groups = next((groups for groups in (heads // 4, 2) if groups > 1 and heads % groups == 0), 1)
         return cls(
             hidden_size=hidden_size, num_heads=heads, head_dim=head_dim, num_kv_heads=groups, **options
         )

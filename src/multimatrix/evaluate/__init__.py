@@ -1,0 +1,1 @@
+"""Is a model right, and how good is it?"""
