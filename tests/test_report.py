@@ -259,6 +259,16 @@ def test_headline_names_the_smallest_cache_that_holds(tmp_path):
     assert "worse by more than the margin of 0.0142" in report.headline(results)
 
 
+def test_a_loss_that_is_not_finite_is_shown_and_not_judged(tmp_path):
+    results = sample(tmp_path, [VARIANTS[0], VARIANTS[1], VARIANTS[-1]])
+    nothing = {"mean": math.nan, "spread": None, "values": [math.nan, math.nan]}
+    results["rows"][-1].update(validation_loss=nothing, difference=math.nan, verdict=None)
+    row = next(line for line in printed(results, 120).splitlines() if line.startswith("MFA-KR"))
+    assert row.split()[-4] == "nan"
+    assert report.headline(results).startswith("GQA stores 33.3 %")
+    assert len(figures.loss_against_kv_bytes(results).axes[0].texts) == 2
+
+
 def test_limits_stand_before_the_table(finished):
     results, _, text = finished
     for limit in results["cannot_show"]:
@@ -268,7 +278,7 @@ def test_limits_stand_before_the_table(finished):
 
 def test_bytes_that_disagree_are_loud(finished, tmp_path):
     assert "disagree" not in finished[2]
-    results = sample(tmp_path)
+    results = sample(tmp_path, [VARIANTS[0], VARIANTS[1], VARIANTS[-1]])
     results["rows"][-1]["kv_bytes_per_token_counted"] = 1536
     page = report.render(results, tmp_path)
     warning = "MFA-KR states 768 bytes of cache per token, but 1,536 were counted"
@@ -281,9 +291,8 @@ def test_bytes_that_disagree_are_loud(finished, tmp_path):
 def test_one_seed_gives_no_verdict(tmp_path):
     results = sample(tmp_path, seeds=(0,))
     assert "with one seed, so no verdict" in report.headline(results)
-    row = Page(report.render(results, tmp_path)).row("MFA")
-    assert row[-1] == "one seed"
-    assert row[7] == "–"
+    row = next(line for line in printed(results, 120).splitlines() if line.startswith("MFA "))
+    assert row.split()[-4:] == ["–", "-0.0163", "one", "seed"]
     assert "no verdict" in figures.loss_against_kv_bytes(results).axes[0].get_title(loc="left")
 
 
@@ -294,8 +303,6 @@ def test_interrupted_comparison(tmp_path):
     assert ["MLA", "1", "failed", "runs/mla-seed1", "loss was not finite at step 312"] in Page(page).rows
     assert Page(page).row("MLA")[5:] == ["0", "–", "–", "–", "–", "–"]
     assert "Incomplete" in printed(results, 80)
-    report.write_csv(results, tmp_path / "results.csv")
-    figures.save_figures(results, tmp_path)
 
 
 @pytest.mark.parametrize("results", [{}, {"rows": [], "runs": [], "corpus": None, "complete": False}])
@@ -308,7 +315,7 @@ def test_nothing_measured_yet(tmp_path, results):
 
 def test_names_are_text(tmp_path):
     name = "<b>$x_[red]--"
-    results = sample(tmp_path, [*VARIANTS, (name, "9 x 32", 512, 1.41, "tie")])
+    results = sample(tmp_path, [VARIANTS[0], (name, "9 x 32", 512, 1.41, "tie")])
     results["command"] = "multimatrix compare --out '<script>'"
     results["runs"][-1]["reason"] = "<i>"
     text = report.render(results, tmp_path)
@@ -409,6 +416,15 @@ def test_names_in_figures_do_not_overlap(tmp_path, make):
             assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
             for i, box in enumerate(boxes):
                 assert box.count_overlaps(boxes[i + 1 :]) == 0
+
+
+def test_no_name_is_struck_through_by_the_baseline(finished):
+    axes = figures.loss_against_kv_bytes(finished[0]).axes[0]
+    level = axes.transData.transform((6912, VARIANTS[0][3]))[1]
+    assert len(axes.texts) == len(VARIANTS)
+    for text in axes.texts:
+        box = text.get_window_extent()
+        assert not box.y0 < level < box.y1
 
 
 def test_bytes_in_words():

@@ -1,0 +1,1 @@
+"""A fair comparison: match, run every variant and seed, tables, figures, report."""

@@ -6,7 +6,6 @@ data is drawn in `INK`, which the report replaces by the colour of its text, so 
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import zlib
@@ -19,7 +18,6 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator
 from matplotlib.transforms import Bbox
 from scipy.optimize import isotonic_regression
@@ -27,6 +25,7 @@ from scipy.optimize import isotonic_regression
 from multimatrix.files import write_text
 
 INK = "#24292f"
+LABEL: dict[str, Any] = {"fontsize": 9.5, "color": INK, "parse_math": False}
 
 # Okabe and Ito's colours, which stay apart under the common colour deficiencies.
 STYLES = {
@@ -50,11 +49,6 @@ class Point(NamedTuple):
     low: float
     high: float
     verdict: str | None
-
-
-LABEL: dict[str, Any] = {"fontsize": 9.5, "color": INK, "parse_math": False}
-# Where a name may stand, seen from its point: right, left, above, below, then the diagonals.
-SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7))
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,7 @@ def loss_against_tokens(results: dict[str, Any], directory: Path) -> Figure:
     ]
     if not panels:
         return _empty("no metrics have been written yet")
-    figure = Figure(figsize=(8, 3.3 * len(panels) + 0.5), layout="constrained")
+    figure = Figure(figsize=(7, 3 * len(panels) + 0.5), layout="constrained")
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (label, curves) in zip(grid, panels, strict=True):
         _dress(axes)
@@ -136,7 +130,7 @@ def loss_against_kv_bytes(results: dict[str, Any]) -> Figure:
     points = [point for row in results.get("rows") or [] if (point := _point(row))]
     if not points:
         return _empty("no variant has a validation loss yet")
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    figure = Figure(figsize=(7, 4.3), layout="constrained")
     axes = figure.subplots()
     _dress(axes)
     baseline = results.get("baseline")
@@ -144,11 +138,12 @@ def loss_against_kv_bytes(results: dict[str, Any]) -> Figure:
         colour, marker = style_of(point.variant)
         if point.variant == baseline:
             axes.axhline(point.mean, color=colour, linewidth=1, linestyle=(0, (5, 4)), zorder=1)
-        axes.plot([point.size] * 2, [point.low, point.high], color=colour, marker="_", markersize=9)
+        if point.high > point.low:
+            axes.plot([point.size] * 2, [point.low, point.high], color=colour, marker="_", markersize=9)
         axes.plot(point.size, point.mean, color=colour, marker=marker, markersize=9)
-    sizes = [math.log2(point.size) for point in points]
+    sizes = [point.size for point in points]
     axes.set_xscale("log", base=2)
-    axes.set_xlim(2 ** (math.floor(min(sizes) - 0.2)), 2 ** (math.ceil(max(sizes) + 0.2)))
+    axes.set_xlim(min(sizes) / 1.8, max(sizes) * 1.8)
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=14))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
     axes.minorticks_off()
@@ -253,7 +248,7 @@ def _label_ends(axes: Axes, curves: dict[str, Curve]) -> None:
     bottom, top = axes.get_ylim()
     end = max(curve.tokens[-1] for curve in curves.values())
     ends = np.array([(curves[name].mean[-1] - bottom) / (top - bottom) for name in ordered])
-    steps = min(0.075, 1 / len(ordered)) * np.arange(len(ordered))  # of the axes' height
+    steps = min(0.08, 1 / len(ordered)) * np.arange(len(ordered))  # of the axes' height
     heights = np.clip(isotonic_regression(ends - steps).x, 0, 1 - steps[-1]) + steps
     for name, y in zip(ordered, heights, strict=True):
         x, loss = curves[name].tokens[-1], curves[name].mean[-1]
@@ -294,39 +289,46 @@ def _label_points(figure: Figure, axes: Axes, points: list[Point]) -> None:
     """Write each name next to its point, where it covers no other point, bar, line or name."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    frame = axes.get_window_extent()
+    frame = axes.get_window_extent().padded(-5)
     taken = []
     for point in points:
-        (x, low), (_, y), (_, high) = axes.transData.transform([(point.size, loss) for loss in point[2:5]])
+        losses = (point.low, point.mean, point.high)
+        (x, low), (_, y), (_, high) = axes.transData.transform([(point.size, loss) for loss in losses])
         taken.append(Bbox([[x - 9, min(low, y - 9)], [x + 9, max(high, y + 9)]]))
         if point.verdict == "baseline":
             taken.append(Bbox([[frame.x0, y - 2], [frame.x1, y + 2]]))
     for point in points:
         note = f" ({point.verdict})" if point.verdict in ("tie", "baseline") else ""
-        text, place = display_name(point.variant) + note, (point.size, point.mean)
-        tried: list[tuple[int, int, Annotation]] = []
-        for distance, (dx, dy) in itertools.product((10, 20, 32, 46), SIDES):
-            label = axes.annotate(
-                text,
-                place,
-                (dx * distance, dy * distance),
-                textcoords="offset points",
-                ha=("center", "left", "right")[round(dx)],
-                va=("center", "bottom", "top")[round(dy)],
-                **LABEL,
-            )
-            box = label.get_window_extent()
-            outside = frame.x0 > box.x0 or box.x1 > frame.x1 or frame.y0 > box.y0 or box.y1 > frame.y1
-            tried.append((box.count_overlaps(taken) + 10 * outside, len(tried), label))
-            label.set_visible(False)
-            if tried[-1][0] == 0:
-                break
-        best = min(tried)[2]
-        best.set_visible(True)
-        taken.append(best.get_window_extent())
-        for _, _, label in tried:
-            if label is not best:
-                label.remove()
+        label = axes.annotate(
+            display_name(point.variant) + note,
+            (point.size, point.mean),
+            (0, 0),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            **LABEL,
+        )
+        box = label.get_window_extent()
+        best = min(_places(box), key=lambda place: _hindrances(place, frame, taken))
+        taken.append(best)
+        point_size = figure.dpi / 72
+        label.set_position(((best.x0 - box.x0) / point_size, (best.y0 - box.y0) / point_size))
+
+
+def _places(box: Bbox) -> list[Bbox]:
+    """Where a name centred on its point may go: right, left, above, below, the corners; then farther away."""
+    sides = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+    return [
+        box.translated(dx * (distance + box.width / 2), dy * (distance + box.height / 2))
+        for distance in (13, 22, 36, 54)
+        for dx, dy in sides
+    ]
+
+
+def _hindrances(box: Bbox, frame: Bbox, taken: list[Bbox]) -> int:
+    """How many of the places taken `box` overlaps; leaving the frame is worse than any."""
+    inside = frame.contains(*box.min) and frame.contains(*box.max)
+    return box.count_overlaps(taken) + (0 if inside else 1000)
 
 
 def _dress(axes: Axes) -> None:
@@ -340,6 +342,6 @@ def _dress(axes: Axes) -> None:
 
 def _empty(text: str) -> Figure:
     """A figure that says why there is nothing to see."""
-    figure = Figure(figsize=(8, 1.6))
+    figure = Figure(figsize=(7, 1.6))
     figure.text(0.5, 0.5, text, ha="center", va="center", color=INK)
     return figure

@@ -7,6 +7,7 @@ report and the terminal show the same cells.
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -102,9 +103,9 @@ def _share(row: Row) -> float | None:
 
 
 def _judged(results: dict[str, Any]) -> list[Row]:
-    """The rows with a loss to set against the baseline's, without the baseline."""
+    """The rows with a finite loss to set against the baseline's, without the baseline."""
     rows = [row for row in results.get("rows") or [] if row["variant"] != results.get("baseline")]
-    return [row for row in rows if row.get("difference") is not None]
+    return [row for row in rows if row.get("difference") is not None and math.isfinite(row["difference"])]
 
 
 def _disagrees(row: Row) -> bool:
@@ -176,7 +177,8 @@ def headline(results: dict[str, Any]) -> str:
 def tally(results: dict[str, Any]) -> str:
     """How all variants did: `Against MHA: 1 better, 3 tie, 1 worse.`; empty where there is no verdict."""
     verdicts = [row.get("verdict") for row in _judged(results)]
-    counts = [f"{verdicts.count(v)} {v}" for v in ("better", "tie", "worse", "one seed") if v in verdicts]
+    words = {"better": "better", "tie": "tie", "worse": "worse", "one seed": "with one seed only"}
+    counts = [f"{verdicts.count(verdict)} {word}" for verdict, word in words.items() if verdict in verdicts]
     name = display_name(results.get("baseline") or "the baseline")
     return f"Against {name}: {', '.join(counts)}." if counts else ""
 

@@ -126,16 +126,16 @@ def _without_duplicates(documents: Iterable[str]) -> list[str]:
 
 
 def _choose_validation(documents: Sequence[str], fraction: float) -> set[int]:
-    """Indices to hold out: in order, each document that brings the share of characters closer to `fraction`.
+    """Indices to hold out: in order, each document that still fits into the share of characters asked for.
 
-    A fraction of at most 0.5 never takes all of them. Where each is too long, the shortest is taken.
+    A fraction of at most 0.5 never takes all of them. Where none fits, the shortest is taken.
     """
-    missing = fraction * sum(len(text) for text in documents)
+    room = fraction * sum(len(text) for text in documents)
     chosen = set()
     for i, text in enumerate(documents):
-        if len(text) < 2 * missing:
+        if len(text) <= room:
             chosen.add(i)
-            missing -= len(text)
+            room -= len(text)
     return chosen or {min(range(len(documents)), key=lambda i: len(documents[i]))}
 
 

@@ -15,16 +15,16 @@ from multimatrix.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
 # What end of text is called where a tokenizer.json comes without the tokenizer_config.json that says so.
-END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>")
+END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")
 
 
 def load_tokenizer(name: str, corpus_train: Sequence[str]) -> PreTrainedTokenizerFast:
     """The tokenizer called `name`, with an eos token.
 
     Args:
-        name: "bytes": a token id is a byte, 256 is eos. "bpe:N": byte-level BPE of N entries in all, eos the
-            last, trained on `corpus_train` and nothing else. These two give every text back exactly and
-            encode a special token that is written out in a text as the characters it is.
+        name: "bytes": a token id is a byte, 256 is eos. "bpe:N": byte-level BPE of N entries, eos and the 256
+            bytes among them, trained on `corpus_train` and nothing else. These two give every text back
+            exactly and encode a special token that is written out in a text as the characters it is.
             A folder: whatever AutoTokenizer reads, or only tokenizer.json, or GPT-2's encoder.json and
             vocab.bpe, or only a SentencePiece tokenizer.model. A file: tokenizer.json or tokenizer.model,
             taken alone; name its folder to have tokenizer_config.json obeyed. Anything else: a hub name.
@@ -39,9 +39,8 @@ def load_tokenizer(name: str, corpus_train: Sequence[str]) -> PreTrainedTokenize
             the text yields, or SentencePiece is needed and not installed.
     """
     if name == "bytes":
-        return _byte_level(
-            models.BPE(vocab={c: i for i, c in enumerate(_byte_characters())}, merges=[]), whole=True
-        )
+        vocab = {token: i for i, token in enumerate([*_byte_characters(), END_OF_TEXT])}
+        return _byte_level(models.BPE(vocab=vocab, merges=[]), whole=True)
     if name.startswith("bpe:"):
         return _train_bpe(name, corpus_train)
     path = Path(name)
@@ -68,7 +67,7 @@ def _byte_characters() -> list[str]:
 
 
 def _byte_level(model: models.BPE, *, whole: bool) -> PreTrainedTokenizerFast:
-    """A tokenizer over bytes, eos its last entry; `whole`: do not split the text into words first.
+    """A tokenizer over bytes. `whole`: do not split the text into words first.
 
     Without merges the split changes nothing and costs half of the time.
     """
@@ -94,8 +93,9 @@ def _train_bpe(name: str, documents: Sequence[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=int(size) - 1,
+        vocab_size=int(size),
         min_frequency=2,
+        special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -142,10 +142,11 @@ def _load_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
     model = proto.ModelProto()
     model.ParseFromString(path.read_bytes())
     training, spelling = model.trainer_spec, model.normalizer_spec
-    if training.model_type != training.BPE or training.treat_whitespace_as_suffix:
-        kind = training.ModelType.Name(training.model_type)
+    kind = training.ModelType.Name(training.model_type)
+    if kind != "BPE" or training.treat_whitespace_as_suffix or spelling.precompiled_charsmap:
         raise InputError(
-            f"{path} is a SentencePiece model of type {kind}; only BPE with leading spaces can be read"
+            f"{path} is a SentencePiece model of type {kind} with {spelling.name} normalization; only BPE "
+            "with identity normalization and spaces before words can be read exactly: name a tokenizer.json"
         )
 
     pieces = list(model.pieces)
@@ -159,8 +160,6 @@ def _load_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
         )
     )
     steps: list[Any] = []
-    if spelling.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spelling.precompiled_charsmap))
     if spelling.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spelling.add_dummy_prefix:

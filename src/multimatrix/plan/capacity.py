@@ -42,7 +42,7 @@ def load_recipe(name: str) -> Recipe:
 
 
 def _folder() -> resources.abc.Traversable:
-    return resources.files("multimatrix") / "recipes"
+    return resources.files("multimatrix") / "recipes" / "sizes"
 
 
 def capacity_rows(specs: Mapping[str, AttentionSpec], num_hidden_layers: int, context: int) -> list[dict[str, Any]]:

@@ -1,0 +1,137 @@
+"""What a comparison is: one protocol, several variants and seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from multimatrix.errors import InputError
+from multimatrix.train.run import Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Every setting of a comparison; all variants share all of them but their attention sizes.
+
+    variants: labels, see `attention.sizes`. sizes: `label.field=value` overrides. head_dim: of MHA, from which the
+    variants' customary sizes follow. intermediate_size: feed-forward width of the baseline; None for 8/3 hidden_size
+    rounded to a multiple of 8. match: "parameters" lets the feed-forward width make up the difference in attention
+    parameters, "none" keeps it. data: files, folders and hub data sets; none for the embedded default.
+    validation_tokens: how many tokens of the validation documents are used at most. latent_scaling,
+    zero_init_output, depth_scaled_init: switches that act alike on every variant, see `AttentionSpec` and
+    `MultimatrixConfig`. The training settings are those of `train.run.Protocol`; precision "auto" is bfloat16 on a
+    GPU and float32 elsewhere.
+    """
+
+    variants: tuple[str, ...] = ("mha", "gqa", "mqa", "mla", "mfa", "mfa_kr")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sizes: tuple[str, ...] = ()
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    head_dim: int = 64
+    intermediate_size: int | None = None
+    match: str = "parameters"
+    position: str = "rope"
+    rope_theta: float = 10_000.0
+    latent_scaling: bool = False
+    zero_init_output: bool = False
+    depth_scaled_init: bool = False
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int | None = None
+    data: tuple[str, ...] = ()
+    tokenizer: str = "bytes"
+    validation_fraction: float = 0.1
+    validation_tokens: int = 1_000_000
+    steps: int = 2_000
+    batch_size: int = 32
+    context: int = 512
+    learning_rate: float = 1e-3
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.1
+    evaluations: int = 10
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "head_dim",
+            "validation_tokens",
+            "steps",
+            "batch_size",
+            "context",
+            "evaluations",
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("intermediate_size", "max_position_embeddings"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        if self.context < 2:
+            raise InputError(f"context must be at least 2, got {self.context}: the first token of a row is not predicted")
+        if self.context > self.positions:
+            raise InputError(
+                f"the context of {self.context} tokens is longer than the {self.positions} positions of the model; "
+                f"lower --context or raise --max-positions to {self.context}"
+            )
+        if not self.seeds:
+            raise InputError("no seeds were given; name at least one, for example --seeds 0,1")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise InputError(f"seeds must be different whole numbers from 0 on, got {', '.join(map(str, self.seeds))}")
+        if not self.learning_rate > 0:
+            raise InputError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.warmup_fraction < 1:
+            raise InputError(f"warmup_fraction must be from 0 to below 1, got {self.warmup_fraction}")
+        if self.evaluations > self.steps:
+            raise InputError(f"{self.evaluations} evaluations do not fit into {self.steps} steps; ask for {self.steps} at most")
+        if self.match not in ("parameters", "none"):
+            raise InputError(f"match must be parameters or none, got {self.match!r}")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise InputError(f"precision must be auto, float32 or bfloat16, got {self.precision!r}")
+
+    @property
+    def baseline(self) -> str:
+        """What the others are matched to and judged against: MHA if it takes part, else the first variant."""
+        return "mha" if "mha" in self.variants else self.variants[0]
+
+    @property
+    def positions(self) -> int:
+        """max_position_embeddings, by default the context."""
+        return self.max_position_embeddings if self.max_position_embeddings is not None else self.context
+
+    @property
+    def baseline_intermediate_size(self) -> int:
+        return self.intermediate_size or max(8, round(self.hidden_size / 3) * 8)
+
+    def protocol(self, device_type: str) -> Protocol:
+        """The training settings on this kind of device."""
+        names = [field.name for field in dataclasses.fields(Protocol) if field.name != "precision"]
+        automatic = "bfloat16" if device_type == "cuda" else "float32"
+        precision = automatic if self.precision == "auto" else self.precision
+        return Protocol(**{name: getattr(self, name) for name in names}, precision=precision)
+
+
+def preset_names() -> list[str]:
+    """The presets that ship with the package."""
+    folder = resources.files("multimatrix") / "recipes" / "compare"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def make_comparison(preset: str | None, settings: dict[str, Any]) -> Comparison:
+    """A preset, or the defaults, with `settings` over it; None means not given.
+
+    Raises:
+        InputError: there is no such preset, or the settings cannot work.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in preset_names():
+            raise InputError(f"there is no preset {preset!r}; the presets are {', '.join(preset_names())}")
+        file = resources.files("multimatrix") / "recipes" / "compare" / f"{preset}.toml"
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    values |= {name: value for name, value in settings.items() if value is not None}
+    return Comparison(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -1,0 +1,1 @@
+"""Training one model; the loop is transformers' Trainer."""
