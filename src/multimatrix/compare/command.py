@@ -1,0 +1,90 @@
+"""`multimatrix compare`, from settings to exit status."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from multimatrix.compare import report
+from multimatrix.compare.configuration import make_comparison
+from multimatrix.compare.matching import Candidate
+from multimatrix.compare.progress import Progress
+from multimatrix.compare.run import Prepared, prepare, run_comparison
+from multimatrix.errors import InputError
+
+
+def run_command(preset: str | None, settings: dict[str, Any], out: str, *, dry_run: bool) -> int:
+    """Run a comparison and print its table; 0 if every run is done, 1 if any failed, 130 if interrupted.
+
+    Raises:
+        InputError: something the user can mend.
+    """
+    for library in (transformers.utils.logging, datasets.utils.logging):
+        library.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    comparison = make_comparison(preset, settings)
+    console = Console()
+    progress = Progress(comparison.steps)
+    progress.say("reading the text")
+    prepared = prepare(comparison)
+    _describe(prepared, console)
+    if dry_run:
+        return 0
+    directory = Path(out)
+    command = "multimatrix " + shlex.join(sys.argv[1:])
+    try:
+        results = run_comparison(prepared, directory, command=command, say=progress.say, show=progress.show)
+    except KeyboardInterrupt:
+        progress.say(f"interrupted; what was finished is in {directory}, and the same command goes on from there")
+        return 130
+    except OSError as error:
+        where = error.filename or directory
+        raise InputError(
+            f"cannot write {where}: {error.strerror or error}; finished runs are kept, and once there is room "
+            "the same command goes on from there"
+        ) from error
+    finally:
+        progress.close()
+    console.print(report.console_table(results))
+    console.print(f"Report: {directory / 'report.html'}", soft_wrap=True)
+    return 0 if results["complete"] else 1
+
+
+def _describe(prepared: Prepared, console: Console) -> None:
+    """What will be trained, before it is."""
+    facts, protocol = prepared.corpus_facts(), prepared.protocol
+    console.print(
+        f"{facts['name']} (sha256 {facts['sha256'][:12]}): {facts['documents']:,} documents, "
+        f"{facts['train_tokens']:,} training and {facts['validation_tokens']:,} validation tokens ({facts['tokenizer']})"
+    )
+    console.print(
+        f"{protocol.steps} steps of {protocol.batch_size} x {protocol.context} tokens, seeds "
+        f"{', '.join(map(str, prepared.comparison.seeds))}, {protocol.precision} on {prepared.device.type}"
+    )
+    console.print(matched_table(prepared.candidates))
+
+
+def matched_table(candidates: list[Candidate]) -> Table:
+    """The matched sizes of every variant."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for header in ("variant", "heads x dim", "FFN width", "parameters", "mismatch", "KV bytes/token", "of MHA"):
+        table.add_column(header, justify="left" if header == "variant" else "right")
+    for candidate in candidates:
+        row = candidate.row()
+        table.add_row(
+            candidate.label,
+            row["shape"],
+            f"{row['intermediate_size']:,}",
+            f"{row['parameters']:,}",
+            f"{100 * row['parameter_mismatch']:+.2f} %",
+            f"{row['kv_bytes_per_token']:,}",
+            f"{100 * (1 - row['kv_reduction']):.1f} %",
+        )
+    return table

@@ -1,0 +1,401 @@
+"""Run a comparison: every variant and seed that is not done yet, then the results, figures and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from multimatrix.compare import figures, report
+from multimatrix.compare.configuration import Comparison
+from multimatrix.compare.matching import Candidate, match
+from multimatrix.compare.statistics import judge, summary
+from multimatrix.data import Corpus, PackedText, load_corpus, load_tokenizer, pack
+from multimatrix.errors import InputError
+from multimatrix.evaluate.measure import PeakMemory, counted_kv_bytes_per_token, decode_tokens_per_second
+from multimatrix.files import write_json
+from multimatrix.model.configuration import MultimatrixConfig
+from multimatrix.train.run import Protocol, RunFailed, train
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A comparison whose text is read and whose sizes are matched; nothing is trained yet."""
+
+    comparison: Comparison
+    candidates: list[Candidate]
+    protocol: Protocol
+    device: torch.device
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerFast
+    text: PackedText
+
+    def corpus_facts(self) -> dict[str, Any]:
+        """What the models read; the hash is over the documents."""
+        return {
+            "name": self.corpus.name,
+            "sha256": self.corpus.sha256,
+            "documents": len(self.corpus.train) + len(self.corpus.validation),
+            "duplicates_dropped": self.corpus.duplicates,
+            "tokenizer": self.comparison.tokenizer,
+            "vocab_size": self.text.vocab_size,
+            "bytes_per_token": round(self.text.validation_bytes_per_token, 4),
+            "train_tokens": int(self.text.train.size),
+            "validation_tokens": int(self.text.validation.size),
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant and seed of a comparison, and its folder."""
+
+    candidate: Candidate
+    seed: int
+    directory: Path
+    config: MultimatrixConfig
+    identity: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.candidate.label}-seed{self.seed}"
+
+    def finished(self) -> dict[str, Any] | None:
+        """The stored result, or None where the run is not done.
+
+        Raises:
+            InputError: the folder holds a finished run of another configuration.
+        """
+        path = self.directory / "result.json"
+        if not path.is_file():
+            return None
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            found = stored["identity"]
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{path} is not a result of ours; move it away or choose another --out") from error
+        refuse_difference(self.directory, found, self.identity)
+        return stored
+
+
+def prepare(comparison: Comparison) -> Prepared:
+    """Read the text, build the tokenizer, match the sizes.
+
+    Raises:
+        InputError: text that cannot be read or is too small, or sizes that cannot work.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Sizes first: they fail in a blink, and reading a corpus may take minutes.
+    match(comparison, vocab_size=257)
+    corpus = load_corpus(comparison.data, validation_fraction=comparison.validation_fraction)
+    tokenizer = load_tokenizer(comparison.tokenizer, corpus.train)
+    text = pack(corpus, tokenizer, comparison.context)
+    blocks = max(1, comparison.validation_tokens // comparison.context)
+    text = dataclasses.replace(text, validation=text.validation[:blocks])
+    candidates = match(comparison, text.vocab_size)
+    return Prepared(comparison, candidates, comparison.protocol(device.type), device, corpus, tokenizer, text)
+
+
+def run_comparison(
+    prepared: Prepared, out: Path, *, command: str, say: Callable[[str], None], show: Callable[[Run, dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Train what is missing under `out` and return the results, which are also written there.
+
+    say: gets one line for the person who waits. show: gets every metrics row of the run that is under way.
+
+    Raises:
+        InputError: `out` holds a comparison of another configuration, or the disk is full.
+        KeyboardInterrupt: the results of what was finished are written first.
+    """
+    settings = _claim(out, prepared)
+    runs = [_make_run(prepared, out, candidate, seed) for seed in prepared.comparison.seeds for candidate in prepared.candidates]
+    results = {run.name: result for run in runs if (result := run.finished()) is not None}
+    if results:
+        say(f"{len(results)} of {len(runs)} runs are done already")
+    write_json(out / "config.json", settings)
+    failures: dict[str, str] = {}
+
+    def gather() -> dict[str, Any]:
+        gathered = _gather(prepared, runs, results, failures, command, settings)
+        write_json(out / "results.json", gathered)
+        report.write_csv(gathered, out / "results.csv")
+        figures.save_figures(gathered, out)
+        report.write_report(gathered, out)
+        return gathered
+
+    try:
+        for run in runs:
+            if run.name in results:
+                continue
+            try:
+                results[run.name] = _execute(prepared, run, show)
+            except (RunFailed, torch.OutOfMemoryError) as error:
+                failures[run.name] = " ".join(str(error).split())
+                say(f"{run.name} failed: {failures[run.name]}")
+    except KeyboardInterrupt:
+        gather()
+        raise
+    return gather()
+
+
+def _claim(out: Path, prepared: Prepared) -> dict[str, Any]:
+    """The resolved settings of this comparison; InputError where `out` belongs to another one."""
+    settings = {
+        **dataclasses.asdict(prepared.comparison),
+        "precision": prepared.protocol.precision,
+        "corpus_sha256": prepared.corpus.sha256,
+    }
+    settings = json.loads(json.dumps(settings))
+    path = out / "config.json"
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} is damaged; move it away or choose another --out") from error
+        # More variants or seeds continue a comparison; fewer would drop finished rows from its tables.
+        for name in ("variants", "seeds", "sizes"):
+            dropped = [item for item in found.get(name, []) if item not in settings[name]]
+            if dropped:
+                raise InputError(
+                    f"{out} holds a comparison whose {name} include {', '.join(map(str, dropped))}; "
+                    "name them again or choose another --out"
+                )
+            found[name] = settings[name]
+        refuse_difference(out, found, settings)
+    elif out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty and holds no comparison of ours; choose another --out")
+    return settings
+
+
+def refuse_difference(directory: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """InputError that names the first setting in which two configurations differ."""
+    for name in [*wanted, *(name for name in found if name not in wanted)]:
+        if found.get(name) != wanted.get(name):
+            raise InputError(
+                f"{directory} was made with {name} = {found.get(name)} and this comparison has {wanted.get(name)}; "
+                "choose another --out or the same settings"
+            )
+
+
+def _make_run(prepared: Prepared, out: Path, candidate: Candidate, seed: int) -> Run:
+    comparison = prepared.comparison
+    config = MultimatrixConfig(
+        vocab_size=prepared.text.vocab_size,
+        hidden_size=comparison.hidden_size,
+        intermediate_size=candidate.intermediate_size,
+        num_hidden_layers=comparison.num_hidden_layers,
+        max_position_embeddings=comparison.positions,
+        attention=candidate.spec.to_dict(),
+        rope_parameters={"rope_type": "default", "rope_theta": comparison.rope_theta},
+        tie_word_embeddings=comparison.tie_word_embeddings,
+        depth_scaled_init=comparison.depth_scaled_init,
+        zero_init_output=comparison.zero_init_output,
+        bos_token_id=prepared.tokenizer.bos_token_id,
+        eos_token_id=prepared.tokenizer.eos_token_id,
+        pad_token_id=prepared.tokenizer.pad_token_id,
+    )
+    identity = {
+        "variant": candidate.label,
+        "seed": seed,
+        "attention": candidate.spec.to_dict(),
+        "intermediate_size": candidate.intermediate_size,
+        "vocab_size": prepared.text.vocab_size,
+        "corpus_sha256": prepared.corpus.sha256,
+        **dataclasses.asdict(prepared.protocol),
+    }
+    return Run(candidate, seed, out / "runs" / f"{candidate.label}-seed{seed}", config, identity)
+
+
+def _execute(prepared: Prepared, run: Run, show: Callable[[Run, dict[str, Any]], None]) -> dict[str, Any]:
+    """Train and measure one run; its result.json is written last, so that it is there only when all is done."""
+    start = time.perf_counter()
+    memory = PeakMemory(prepared.device)
+    trained = train(
+        run.config,
+        prepared.text,
+        prepared.protocol,
+        seed=run.seed,
+        directory=run.directory,
+        device=prepared.device,
+        on_step=lambda row: show(run, row),
+    )
+    peak = memory.bytes()
+    context = prepared.protocol.context
+    decode_speed = decode_tokens_per_second(trained.model, context=max(1, context // 2), tokens=min(64, context // 2))
+    trained.model.save_pretrained(run.directory / "model")
+    prepared.tokenizer.save_pretrained(run.directory / "model")
+    # Stated bytes are at 16 bit, so the real cache is filled at 16 bit.
+    counted = counted_kv_bytes_per_token(trained.model.to(torch.bfloat16), tokens=context)
+    result = {
+        "identity": run.identity,
+        "validation_loss": trained.validation_loss,
+        "train_tokens_per_second": trained.tokens_per_second,
+        "decode_tokens_per_second": decode_speed,
+        "peak_memory_bytes": peak,
+        "kv_bytes_per_token_counted": counted,
+        "wall_seconds": time.perf_counter() - start,
+        "environment": environment(prepared.device),
+    }
+    write_json(run.directory / "result.json", result)
+    return result
+
+
+def _gather(
+    prepared: Prepared,
+    runs: list[Run],
+    results: dict[str, dict[str, Any]],
+    failures: dict[str, str],
+    command: str,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """The whole comparison as one dictionary: results.json."""
+    done = {
+        candidate.label: [run for run in runs if run.candidate is candidate and run.name in results]
+        for candidate in prepared.candidates
+    }
+    losses = {label: [results[run.name]["validation_loss"] for run in mine] for label, mine in done.items()}
+    verdicts = judge(losses, prepared.comparison.baseline)
+    rows = []
+    for candidate in prepared.candidates:
+        mine = [results[run.name] for run in done[candidate.label]]
+        rows.append(
+            candidate.row()
+            | {"seeds": [run.seed for run in done[candidate.label]]}
+            | _loss_columns(losses[candidate.label], prepared.text.validation_bytes_per_token)
+            | _measured_columns(mine)
+            | verdicts[candidate.label]
+        )
+    complete = all(run.name in results for run in runs)
+    return {
+        "title": "multimatrix compare",
+        "version": metadata.version("multimatrix"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "complete": complete,
+        "baseline": prepared.comparison.baseline,
+        "config": settings,
+        "environment": environment(prepared.device),
+        "corpus": prepared.corpus_facts(),
+        "can_show": _can_show(prepared),
+        "cannot_show": _cannot_show(prepared, verdicts),
+        "rows": rows,
+        "runs": [
+            {
+                "variant": run.candidate.label,
+                "seed": run.seed,
+                "directory": f"runs/{run.name}",
+                "status": "done" if run.name in results else "failed" if run.name in failures else "missing",
+                "reason": failures.get(run.name),
+            }
+            for run in runs
+        ],
+    }
+
+
+def _loss_columns(losses: list[float], bytes_per_token: float) -> dict[str, Any]:
+    if not losses:
+        return {"validation_loss": None, "perplexity": None, "bits_per_byte": None}
+    return {
+        "validation_loss": summary(losses),
+        "perplexity": summary([math.exp(loss) for loss in losses]),
+        "bits_per_byte": summary([loss / math.log(2) / bytes_per_token for loss in losses]),
+    }
+
+
+def _measured_columns(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Speeds as means over seeds, memory as the highest, wall time as the sum."""
+
+    def mean(name: str) -> float | None:
+        return sum(result[name] for result in results) / len(results) if results else None
+
+    peaks = [result["peak_memory_bytes"] for result in results if result["peak_memory_bytes"] is not None]
+    counted = sorted({result["kv_bytes_per_token_counted"] for result in results})
+    return {
+        # Should seeds ever differ, the largest is shown, and it will not equal the stated one.
+        "kv_bytes_per_token_counted": counted[-1] if counted else None,
+        "train_tokens_per_second": mean("train_tokens_per_second"),
+        "decode_tokens_per_second": mean("decode_tokens_per_second"),
+        "peak_memory_bytes": max(peaks) if peaks else None,
+        "wall_seconds": sum(result["wall_seconds"] for result in results) if results else None,
+    }
+
+
+def _can_show(prepared: Prepared) -> list[str]:
+    tokens = prepared.protocol.steps * prepared.protocol.tokens_per_step
+    epochs = tokens / prepared.text.train.size
+    return [
+        "what each variant caches: the bytes its spec states, and the bytes counted in a real cache",
+        "that training and decoding agree: multimatrix check runs/NAME/model in this folder prints the table",
+        f"that every variant learns: {tokens:,} tokens each, {epochs:.2f} passes over the training text",
+        "parameters, and speeds of this code on this machine",
+    ]
+
+
+def _cannot_show(prepared: Prepared, verdicts: dict[str, dict[str, Any]]) -> list[str]:
+    found = []
+    judged = [verdict for verdict in verdicts.values() if verdict["margin"] is not None]
+    if judged:
+        margin = max(verdict["margin"] for verdict in judged)
+        found.append(
+            f"a difference below its margin, here up to {margin:.3f} nats: seeds alone move the loss that much, and it is called a tie"
+        )
+    elif len(prepared.comparison.seeds) < 2:
+        found.append("any verdict on loss: with one seed there is no spread to hold a difference against")
+    parameters, tokens = prepared.candidates[0].parameters, prepared.protocol.steps * prepared.protocol.tokens_per_step
+    if tokens < 20 * parameters:
+        found.append(
+            f"a ranking for trained models: {tokens / parameters:.1f} tokens per parameter is far from the 20 of a "
+            "compute-optimal run, and the order of variants changes with size and length"
+        )
+    if prepared.device.type == "cpu":
+        found.append("speed on a GPU: these are CPU speeds, where small caches gain little")
+    return found
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where a number came from."""
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("multimatrix", "torch", "transformers", "accelerate")},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this package runs from, `+changes` where it is not clean; None outside a checkout."""
+    here = Path(__file__).parent
+    if shutil.which("git") is None:
+        return None
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    tracked = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, check=False)
+    if head.returncode or tracked.returncode:
+        return None
+    changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if sys.platform == "linux" and info.is_file():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
