@@ -130,7 +130,11 @@ def test_gqa_is_exactly_an_mfa():
 
 def test_published_numbers():
     bytes_per_token = {row["variant"]: row["kv_bytes_per_token"] for row in rows("paper-7b")}
-    assert (bytes_per_token["mha"], bytes_per_token["mfa"], bytes_per_token["mfa_kr"]) == (196_608, 24_576, 12_288)
+    assert (bytes_per_token["mha"], bytes_per_token["mfa"], bytes_per_token["mfa_kr"]) == (
+        196_608,
+        24_576,
+        12_288,
+    )
     per_layer = {row["variant"]: row["kv_bytes_per_token_per_layer"] for row in rows("paper-7b")}
     assert per_layer["mla"] == 1_152
     one_b = {row["variant"]: row["kv_bytes_per_token"] for row in rows("paper-1b")}

@@ -127,9 +127,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fake(name: str, config: str | None, split: str) -> datasets.Dataset:
         calls.append((name, config, split))
-        return datasets.Dataset.from_dict(
-            {"n": [1, 2, 3], "prose": ["a", "b", None], "tags": [["x"], ["y"], []]}
-        )
+        return datasets.Dataset.from_dict({"n": [1, 2, 3], "prose": ["a", "b", None], "tags": [["x"], ["y"], []]})
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     assert texts(load_corpus(["hub:owner/name"])) == {"a", "b"}
@@ -157,9 +155,7 @@ def test_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_duplicates_are_dropped_before_the_split(tmp_path: Path) -> None:
     originals = documents()
     rows = [{"text": variant} for text in originals for variant in (text, text, f"\n{text} ")]
-    corpus = load_corpus(
-        [write_jsonl(tmp_path / "x.jsonl", [*rows, {"text": " \n"}])], validation_fraction=0.5
-    )
+    corpus = load_corpus([write_jsonl(tmp_path / "x.jsonl", [*rows, {"text": " \n"}])], validation_fraction=0.5)
     assert corpus.duplicates == 80
     assert len(corpus.train) + len(corpus.validation) == 40
     train, validation = ({text.strip() for text in side} for side in (corpus.train, corpus.validation))
@@ -403,9 +399,7 @@ def test_unreadable_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise OSError("We couldn't\nconnect.")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
-    with pytest.raises(
-        InputError, match=r"^the tokenizer owner/name cannot be found .*: We couldn't connect$"
-    ):
+    with pytest.raises(InputError, match=r"^the tokenizer owner/name cannot be found .*: We couldn't connect$"):
         load_tokenizer("owner/name", ())
 
 
@@ -530,9 +524,7 @@ def test_less_than_one_block(side: str) -> None:
     tokenizer = load_tokenizer("bytes", ())
     sides = (["x" * 9], ["y" * 99]) if side == "train" else (["x" * 99], ["y" * 9])
     assert getattr(pack(corpus_of(*sides), tokenizer, 10), side).shape == (1, 10)
-    with pytest.raises(
-        InputError, match=f"the {side} text has 10 tokens and one block needs 11; .*at most 10"
-    ):
+    with pytest.raises(InputError, match=f"the {side} text has 10 tokens and one block needs 11; .*at most 10"):
         pack(corpus_of(*sides), tokenizer, 11)
 
 

@@ -8,7 +8,7 @@ import pytest
 ORDERS = {
     "ours-first": "import multimatrix; from transformers import AutoConfig, AutoModelForCausalLM",
     "theirs-first": "from transformers import AutoConfig, AutoModelForCausalLM; import multimatrix",
-    "before-trainer": "import multimatrix; from transformers import Trainer, pipeline; from transformers import AutoConfig",
+    "before-trainer": "import multimatrix; from transformers import Trainer, pipeline, AutoConfig",
     "model-first": "from multimatrix import MultimatrixForCausalLM; from transformers import AutoConfig",
 }
 

@@ -3,7 +3,10 @@
 import pytest
 import torch
 from transformers import DeepseekV3Config, LlamaConfig
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3RotaryEmbedding,
+)
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from cases import random_attention, weights_of
@@ -24,7 +27,11 @@ def test_llama(groups):
     sizes = {4: {"variant": "mha"}, 2: {"variant": "gqa", "num_kv_heads": 2}, 1: {"variant": "mqa"}}[groups]
     ours = random_attention(make_spec(H, sizes | {"num_heads": 4, "head_dim": 8}))
     config = LlamaConfig(
-        hidden_size=H, num_attention_heads=4, num_key_value_heads=groups, head_dim=8, attn_implementation="eager"
+        hidden_size=H,
+        num_attention_heads=4,
+        num_key_value_heads=groups,
+        head_dim=8,
+        attn_implementation="eager",
     )
     theirs = LlamaAttention(config, 0).double()
     theirs.load_state_dict(ours.state_dict())

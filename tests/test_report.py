@@ -32,9 +32,7 @@ VARIANTS = [
 MARGIN = 0.0142
 
 
-def sample(
-    directory: Path, variants: list[tuple] = VARIANTS, seeds: tuple[int, ...] = (0, 1)
-) -> dict[str, Any]:
+def sample(directory: Path, variants: list[tuple] = VARIANTS, seeds: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
     """Results of a finished comparison, and below `directory` the metrics of its runs."""
     rows, runs = [], []
     for variant, shape, size, loss, verdict in variants:
@@ -121,11 +119,7 @@ def write_metrics(run: Path, variant: str, seed: int, final: float, steps: int =
     run.mkdir(parents=True)
     lines = []
     for step in range(5, steps + 1, 5):
-        loss = (
-            final
-            + 4.1 * (math.exp(-step / 35) - math.exp(-600 / 35))
-            + 0.5 * (math.exp(-step / 200) - math.exp(-3))
-        )
+        loss = final + 4.1 * (math.exp(-step / 35) - math.exp(-600 / 35)) + 0.5 * (math.exp(-step / 200) - math.exp(-3))
         tokens = step * 16_384
         lines.append(
             {
@@ -329,11 +323,7 @@ def test_terminal_table_fits(finished, width):
     lines = printed(finished[0], width).splitlines()
     assert max(map(len, lines)) <= width
     assert "…" not in "".join(lines)
-    row = next(
-        line.split()
-        for line in lines
-        if line.startswith("MFA-KR ") and "tie" in line and "stores" not in line
-    )
+    row = next(line.split() for line in lines if line.startswith("MFA-KR ") and "tie" in line and "stores" not in line)
     assert row[:4] == ["MFA-KR", "12×64", "768", "B"]
 
 
@@ -356,9 +346,7 @@ def test_figure_files(finished):
     before = dict(matplotlib.rcParams)
     paths = figures.save_figures(results, directory)
     assert dict(matplotlib.rcParams) == before
-    assert set(paths) == {
-        f"loss_against_{what}.{end}" for what in ("tokens", "kv_bytes") for end in ("png", "svg")
-    }
+    assert set(paths) == {f"loss_against_{what}.{end}" for what in ("tokens", "kv_bytes") for end in ("png", "svg")}
     assert sorted(paths.values()) == sorted((directory / "figures").iterdir())
     for name, path in paths.items():
         assert path.stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""multimatrix: Multi-matrix Factorization Attention (MFA, MFA-KR) and a fair test bench for attention that saves KV cache.
+"""Multi-matrix Factorization Attention (MFA, MFA-KR) and a fair test bench for attention that saves KV cache.
 
 Specs, tables and planning need no torch; the names that do are imported on first use. The model classes are known to
 transformers' Auto classes as soon as this package is imported.

@@ -100,7 +100,14 @@ def _print_capacity(rows: list[dict[str, Any]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, title=title, title_justify="left", header_style="bold", pad_edge=False, collapse_padding=True)
+    table = Table(
+        box=None,
+        title=title,
+        title_justify="left",
+        header_style="bold",
+        pad_edge=False,
+        collapse_padding=True,
+    )
     columns = {
         "variant": "variant",
         "attention\nparams": "parameters",
@@ -168,10 +175,21 @@ def check(
     failed = [row.name for row in checks if not row.passed]
     if as_json:
         rows = [
-            {"check": c.name, "error": c.error, "tolerance": c.tolerance, "passed": c.passed, "detail": c.detail}
+            {
+                "check": c.name,
+                "error": c.error,
+                "tolerance": c.tolerance,
+                "passed": c.passed,
+                "detail": c.detail,
+            }
             for c in checks
         ]
-        about = {"subject": variant or model, "attention": subject.config.attention, "dtype": dtype, "device": device}
+        about = {
+            "subject": variant or model,
+            "attention": subject.config.attention,
+            "dtype": dtype,
+            "device": device,
+        }
         print(json.dumps({**about, "passed": not failed, "checks": rows}, indent=2))
     else:
         _print_checks(checks, f"{variant or model}: {dtype} on {device}")

@@ -53,9 +53,7 @@ def make_spec(hidden_size: int, sizes: Mapping[str, Any]) -> AttentionSpec:
     for name in given:
         if name not in known:
             raise InputError(f"{cls.variant} has no size {name!r}; its sizes are {', '.join(known)}")
-    missing = [
-        name for name, field in known.items() if field.default is dataclasses.MISSING and name not in given
-    ]
+    missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in given]
     if missing:
         raise InputError(f"{cls.variant} needs {', '.join(missing)}; its sizes are {', '.join(known)}")
     return cls(hidden_size=hidden_size, **given)

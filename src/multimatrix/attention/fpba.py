@@ -12,7 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from multimatrix.attention.gmha import AttentionSpec, CacheLayout, Capacity, Weight, head_matrices, split_heads
+from multimatrix.attention.gmha import (
+    AttentionSpec,
+    CacheLayout,
+    Capacity,
+    Weight,
+    head_matrices,
+    split_heads,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,7 +1,7 @@
 """Grouped-query attention (Ainslie et al., arXiv 2305.13245).
 
-    q_c = x Q_c    k_g = x K_g    v_g = x V_g        c = 1..n heads of dim d, g = 1..groups, g(c) = floor(c * groups / n)
-    W_c = Q_c K_g(c)^T    U_c = V_g(c) O_c^T
+    q_c = x Q_c    k_g = x K_g    v_g = x V_g        c = 1..n heads of dim d, g = 1..groups
+    W_c = Q_c K_g(c)^T    U_c = V_g(c) O_c^T         neighbouring heads share a group
 
 Cached per token: k_g (rotated) and v_g of every group, 2 * groups * d elements. MHA is groups = n, MQA groups = 1.
 """
@@ -45,17 +45,15 @@ class GQASpec(AttentionSpec):
         heads = hidden_size // head_dim
         # A group for every four heads, but two groups at least: one would be MQA.
         groups = next((groups for groups in (heads // 4, 2) if groups > 1 and heads % groups == 0), 1)
-        return cls(
-            hidden_size=hidden_size, num_heads=heads, head_dim=head_dim, num_kv_heads=groups, **options
-        )
+        return cls(hidden_size=hidden_size, num_heads=heads, head_dim=head_dim, num_kv_heads=groups, **options)
 
     def validate(self) -> None:
         if self.num_heads % self.num_kv_heads:
             divisors = [g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0]
             nearest = min(divisors, key=lambda g: abs(g - self.num_kv_heads))
             raise InputError(
-                f"{self.variant}: {self.num_heads} heads cannot be shared by {self.num_kv_heads} groups; num_kv_heads must "
-                f"divide num_heads, the nearest that does: {nearest}"
+                f"{self.variant}: {self.num_heads} heads cannot be shared by {self.num_kv_heads} groups; num_kv_heads "
+                f"must divide num_heads, the nearest that does: {nearest}"
             )
 
     @property

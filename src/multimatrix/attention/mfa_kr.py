@@ -80,9 +80,7 @@ class MFAKRSpec(MFASpec):
     @property
     def cache(self) -> CacheLayout:
         rotated_for_scores = self.rope_dim > 0 and not self.rotates_value
-        return CacheLayout(
-            key=(1, self.head_dim), value=None, source="unrotated" if rotated_for_scores else "key"
-        )
+        return CacheLayout(key=(1, self.head_dim), value=None, source="unrotated" if rotated_for_scores else "key")
 
     @property
     def extra_decode_products(self) -> int:

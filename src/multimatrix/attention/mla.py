@@ -70,7 +70,7 @@ class MLASpec(AttentionSpec):
     def weights(self) -> tuple[Weight, ...]:
         hidden, query = self.hidden_size, self.num_heads * (self.head_dim + self.rope_head_dim)
         if self.query_rank is None:
-            query_weights = (Weight("q_proj", (query, hidden)),)
+            query_weights: tuple[Weight, ...] = (Weight("q_proj", (query, hidden)),)
         else:
             query_weights = (
                 Weight("q_a_proj", (self.query_rank, hidden)),

@@ -62,7 +62,8 @@ def _describe(prepared: Prepared, console: Console) -> None:
     facts, protocol = prepared.corpus_facts(), prepared.protocol
     console.print(
         f"{facts['name']} (sha256 {facts['sha256'][:12]}): {facts['documents']:,} documents, "
-        f"{facts['train_tokens']:,} training and {facts['validation_tokens']:,} validation tokens ({facts['tokenizer']})"
+        f"{facts['train_tokens']:,} training and {facts['validation_tokens']:,} validation tokens "
+        f"({facts['tokenizer']})"
     )
     console.print(
         f"{protocol.steps} steps of {protocol.batch_size} x {protocol.context} tokens, seeds "
@@ -74,7 +75,15 @@ def _describe(prepared: Prepared, console: Console) -> None:
 def matched_table(candidates: list[Candidate]) -> Table:
     """The matched sizes of every variant."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for header in ("variant", "heads x dim", "FFN width", "parameters", "mismatch", "KV bytes/token", "of MHA"):
+    for header in (
+        "variant",
+        "heads x dim",
+        "FFN width",
+        "parameters",
+        "mismatch",
+        "KV bytes/token",
+        "of MHA",
+    ):
         table.add_column(header, justify="left" if header == "variant" else "right")
     for candidate in candidates:
         row = candidate.row()

@@ -72,7 +72,9 @@ class Comparison:
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
         if self.context < 2:
-            raise InputError(f"context must be at least 2, got {self.context}: the first token of a row is not predicted")
+            raise InputError(
+                f"context must be at least 2, got {self.context}: the first token of a row is not predicted"
+            )
         if self.context > self.positions:
             raise InputError(
                 f"the context of {self.context} tokens is longer than the {self.positions} positions of the model; "
@@ -87,7 +89,9 @@ class Comparison:
         if not 0 <= self.warmup_fraction < 1:
             raise InputError(f"warmup_fraction must be from 0 to below 1, got {self.warmup_fraction}")
         if self.evaluations > self.steps:
-            raise InputError(f"{self.evaluations} evaluations do not fit into {self.steps} steps; ask for {self.steps} at most")
+            raise InputError(
+                f"{self.evaluations} evaluations do not fit into {self.steps} steps; ask for {self.steps} at most"
+            )
         if self.match not in ("parameters", "none"):
             raise InputError(f"match must be parameters or none, got {self.match!r}")
         if self.precision not in ("auto", "float32", "bfloat16"):
@@ -134,4 +138,5 @@ def make_comparison(preset: str | None, settings: dict[str, Any]) -> Comparison:
         file = resources.files("multimatrix") / "recipes" / "compare" / f"{preset}.toml"
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     values |= {name: value for name, value in settings.items() if value is not None}
-    return Comparison(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    frozen: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return Comparison(**frozen)

@@ -111,7 +111,12 @@ def prepare(comparison: Comparison) -> Prepared:
 
 
 def run_comparison(
-    prepared: Prepared, out: Path, *, command: str, say: Callable[[str], None], show: Callable[[Run, dict[str, Any]], None]
+    prepared: Prepared,
+    out: Path,
+    *,
+    command: str,
+    say: Callable[[str], None],
+    show: Callable[[Run, dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Train what is missing under `out` and return the results, which are also written there.
 
@@ -122,7 +127,11 @@ def run_comparison(
         KeyboardInterrupt: the results of what was finished are written first.
     """
     settings = _claim(out, prepared)
-    runs = [_make_run(prepared, out, candidate, seed) for seed in prepared.comparison.seeds for candidate in prepared.candidates]
+    runs = [
+        _make_run(prepared, out, candidate, seed)
+        for seed in prepared.comparison.seeds
+        for candidate in prepared.candidates
+    ]
     results = {run.name: result for run in runs if (result := run.finished()) is not None}
     if results:
         say(f"{len(results)} of {len(runs)} runs are done already")
@@ -351,11 +360,15 @@ def _cannot_show(prepared: Prepared, verdicts: dict[str, dict[str, Any]]) -> lis
     if judged:
         margin = max(verdict["margin"] for verdict in judged)
         found.append(
-            f"a difference below its margin, here up to {margin:.3f} nats: seeds alone move the loss that much, and it is called a tie"
+            f"a difference below its margin, here up to {margin:.3f} nats: seeds alone move the loss that "
+            "much, and it is called a tie"
         )
     elif len(prepared.comparison.seeds) < 2:
         found.append("any verdict on loss: with one seed there is no spread to hold a difference against")
-    parameters, tokens = prepared.candidates[0].parameters, prepared.protocol.steps * prepared.protocol.tokens_per_step
+    parameters, tokens = (
+        prepared.candidates[0].parameters,
+        prepared.protocol.steps * prepared.protocol.tokens_per_step,
+    )
     if tokens < 20 * parameters:
         found.append(
             f"a ranking for trained models: {tokens / parameters:.1f} tokens per parameter is far from the 20 of a "
@@ -385,7 +398,9 @@ def _commit() -> str | None:
     if shutil.which("git") is None:
         return None
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    tracked = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, check=False)
+    tracked = subprocess.run(
+        ["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, check=False
+    )
     if head.returncode or tracked.returncode:
         return None
     changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=False)
@@ -395,7 +410,9 @@ def _commit() -> str | None:
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if sys.platform == "linux" and info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         if names:
             return names[0]
     return platform.processor() or platform.machine()

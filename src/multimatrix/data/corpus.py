@@ -167,9 +167,7 @@ def _read_stdlib() -> Iterator[str]:
     # _sysconfigdata_*.py is written when an interpreter is built and holds the folders of that machine
     paths = [path for path in paths if not path.name.startswith("_sysconfigdata")]
     if not paths:
-        raise InputError(
-            "this Python carries no sources of its standard library; name files of your own instead"
-        )
+        raise InputError("this Python carries no sources of its standard library; name files of your own instead")
     for path in paths:
         with tokenize.open(path) as file:  # obeys the encoding that the file declares
             yield file.read()
@@ -189,14 +187,10 @@ def _read_hub(source: str) -> tuple[str, Iterable[str]]:
         rows = datasets.load_dataset(name, config or None, split="train")
     except Exception as error:  # what it raises is not documented: connection, name, config, split, format
         raise InputError(f"{source} cannot be loaded from the hub: {one_line(error)}") from error
-    texts = [
-        key for key, kind in rows.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")
-    ]
+    texts = [key for key, kind in rows.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
     field = _choose_field(source, field, list(rows.features), texts)
     if field not in texts:
-        raise InputError(
-            f"{source} holds no text in the field {field!r}; those that do: {', '.join(texts) or 'none'}"
-        )
+        raise InputError(f"{source} holds no text in the field {field!r}; those that do: {', '.join(texts) or 'none'}")
     return location, (text for text in rows[field] if text is not None)
 
 
@@ -274,9 +268,7 @@ def _read_jsonl(path: Path, text: str, field: str) -> Iterator[str]:
             raise InputError(f"row {number} of {path} is not JSON: {one_line(error)}") from error
         if not isinstance(row, dict):
             raise InputError(f'row {number} of {path} is not a JSON object; write it as {{"text": ...}}')
-        chosen = chosen or _choose_field(
-            str(path), field, list(row), [k for k, v in row.items() if isinstance(v, str)]
-        )
+        chosen = chosen or _choose_field(str(path), field, list(row), [k for k, v in row.items() if isinstance(v, str)])
         document = row.get(chosen, ...)
         if document is None:
             continue
@@ -291,9 +283,7 @@ def _read_parquet(path: Path, data: bytes, field: str) -> list[str]:
     try:
         schema = pq.read_schema(pa.BufferReader(data))
         texts = [
-            column.name
-            for column in schema
-            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+            column.name for column in schema if pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
         ]
         field = _choose_field(str(path), field, schema.names, texts)
         if field not in texts:

@@ -53,9 +53,7 @@ def load_tokenizer(name: str, corpus_train: Sequence[str]) -> PreTrainedTokenize
         raise InputError(f"the tokenizer {name} cannot be {where}: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         kind = type(tokenizer).__name__
-        raise InputError(
-            f"the tokenizer {name} is a {kind}, which has no tokenizer.json form; choose a fast one"
-        )
+        raise InputError(f"the tokenizer {name} is a {kind}, which has no tokenizer.json form; choose a fast one")
     return _with_eos(tokenizer)
 
 
@@ -87,9 +85,7 @@ def _byte_level(model: models.BPE, *, whole: bool) -> PreTrainedTokenizerFast:
 def _train_bpe(name: str, documents: Sequence[str]) -> PreTrainedTokenizerFast:
     size = name.removeprefix("bpe:")
     if not size.isdecimal() or int(size) < 257:
-        raise InputError(
-            f"{name} asks for no vocabulary: write bpe:N with N at least 257, the 256 bytes and eos"
-        )
+        raise InputError(f"{name} asks for no vocabulary: write bpe:N with N at least 257, the 256 bytes and eos")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(

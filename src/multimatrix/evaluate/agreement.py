@@ -91,7 +91,9 @@ def load_model(folder: str, dtype: torch.dtype, device: str) -> MultimatrixForCa
     try:
         config = MultimatrixConfig.get_config_dict(folder)[0]
         if config.get("model_type") != MultimatrixConfig.model_type:
-            raise InputError(f"{folder} holds a {config.get('model_type')!r} model; only multimatrix models are checked")
+            raise InputError(
+                f"{folder} holds a {config.get('model_type')!r} model; only multimatrix models are checked"
+            )
         return MultimatrixForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     except InputError:
         raise
@@ -126,7 +128,9 @@ def _training_and_decoding(model: MultimatrixForCausalLM, ids: Tensor) -> Check:
     whole = model(ids, use_cache=False).logits
     model.eval()
     stepped = _run(model, ids, [1] * TOKENS, DynamicCache(config=model.config))
-    return _check(model, "training / decoding", _relative(stepped, whole), f"whole sequence, and {TOKENS} single tokens")
+    return _check(
+        model, "training / decoding", _relative(stepped, whole), f"whole sequence, and {TOKENS} single tokens"
+    )
 
 
 def _chunked_prefill(model: MultimatrixForCausalLM, ids: Tensor) -> Check:

@@ -37,7 +37,7 @@ def counted_kv_bytes_per_token(model: MultimatrixForCausalLM, tokens: int) -> fl
 
 
 class PeakMemory:
-    """Peak memory between construction and `bytes()`: allocated on a CUDA device, or resident in this process on Linux."""
+    """Peak memory since construction: allocated on a CUDA device, or resident in this process on Linux."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

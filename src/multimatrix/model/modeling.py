@@ -42,7 +42,11 @@ class DecoderLayer(GradientCheckpointingLayer):
         backend: str,
     ) -> Tensor:
         x = x + self.self_attn(
-            self.input_layernorm(x), rotary=rotary, mask=mask, past_key_values=past_key_values, backend=backend
+            self.input_layernorm(x),
+            rotary=rotary,
+            mask=mask,
+            past_key_values=past_key_values,
+            backend=backend,
         )
         return x + self.mlp(self.post_attention_layernorm(x))  # [B, T, H]
 
@@ -61,7 +65,7 @@ class MultimatrixPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The rules stated in `MultimatrixConfig`. Called for children before parents, so that layers have the last word."""
+        """The rules stated in `MultimatrixConfig`. Children come before parents, so layers have the last word."""
         super()._init_weights(module)
         config = self.config
         if isinstance(module, Attention):

@@ -48,7 +48,11 @@ def reference_attention(
     offset: position of the first token; only an inconsistent attention depends on it.
     """
     return attend_circuits(
-        spec.circuits(weights, x), scale=spec.scale, alibi=spec.position == "alibi", theta=theta, offset=offset
+        spec.circuits(weights, x),
+        scale=spec.scale,
+        alibi=spec.position == "alibi",
+        theta=theta,
+        offset=offset,
     )
 
 
@@ -57,7 +61,9 @@ def attend_circuits(
 ) -> Tensor:
     """The causal sum over heads and tokens, [T, H]."""
     heads, tokens, dim = circuits.q.shape
-    rotations = [rotation_matrix(distance, dim, circuits.rotated, theta).to(circuits.q) for distance in range(-tokens, 1)]
+    rotations = [
+        rotation_matrix(distance, dim, circuits.rotated, theta).to(circuits.q) for distance in range(-tokens, 1)
+    ]
     slopes = alibi_slopes(heads)
     rows = []
     for i in range(tokens):
@@ -82,7 +88,7 @@ def attend_circuits(
 def bilinear_attention(x: Tensor, w: Tensor, u: Tensor, *, scale: float) -> Tensor:
     """GMHA itself, without positions: x [T, H], W and U [N, H, H] -> [T, H].
 
-        O_i = sum_c sum_{j<=i} softmax_j(x_i W_c x_j^T * scale) x_j U_c
+    O_i = sum_c sum_{j<=i} softmax_j(x_i W_c x_j^T * scale) x_j U_c
     """
     rows = []
     for i in range(x.shape[0]):
@@ -112,4 +118,3 @@ def rotation_matrix(distance: int, dim: int, rotated: tuple[tuple[int, int], ...
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-

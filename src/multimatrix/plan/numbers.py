@@ -25,7 +25,12 @@ def kv_bytes_per_token(specs: Sequence[AttentionSpec], bits: int = 16) -> int:
 
 
 def match_intermediate_size(
-    specs: Sequence[AttentionSpec], target: int, *, vocab_size: int, tie_word_embeddings: bool, tolerance: float
+    specs: Sequence[AttentionSpec],
+    target: int,
+    *,
+    vocab_size: int,
+    tie_word_embeddings: bool,
+    tolerance: float,
 ) -> int:
     """The feed-forward width that brings a decoder's parameters to `target`.
 
