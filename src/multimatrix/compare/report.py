@@ -253,6 +253,7 @@ def render(results: dict[str, Any], directory: Path) -> str:
         headline=headline(results),
         tally=tally(results),
         alarms=alarms(results),
+        matched=(results.get("config") or {}).get("match") != "none",
         can_show=results.get("can_show") or [],
         cannot_show=results.get("cannot_show") or [],
         tables={
