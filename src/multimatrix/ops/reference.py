@@ -41,25 +41,19 @@ class Circuits:
 
 
 def reference_attention(
-    spec: AttentionSpec, weights: Mapping[str, Tensor], x: Tensor, *, theta: float = 10_000.0, offset: int = 0
+    spec: AttentionSpec, weights: Mapping[str, Tensor], x: Tensor, *, theta: float = 10_000.0
 ) -> Tensor:
-    """One layer's attention of one sequence, x [T, H] float64 -> [T, H] float64.
-
-    offset: position of the first token; only an inconsistent attention depends on it.
-    """
-    return attend_circuits(
-        spec.circuits(weights, x),
-        scale=spec.scale,
-        alibi=spec.position == "alibi",
-        theta=theta,
-        offset=offset,
-    )
+    """One layer's attention of one sequence, x [T, H] float64 -> [T, H] float64."""
+    return attend_circuits(spec.circuits(weights, x), scale=spec.scale, alibi=spec.position == "alibi", theta=theta)
 
 
 def attend_circuits(
     circuits: Circuits, *, scale: float, alibi: bool = False, theta: float = 10_000.0, offset: int = 0
 ) -> Tensor:
-    """The causal sum over heads and tokens, [T, H]."""
+    """The causal sum over heads and tokens, [T, H].
+
+    offset: position of the first token; only the inconsistent reading of key reuse depends on it.
+    """
     heads, tokens, dim = circuits.q.shape
     rotations = [
         rotation_matrix(distance, dim, circuits.rotated, theta).to(circuits.q) for distance in range(-tokens, 1)
