@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import math
 import sys
 from typing import Annotated, Any
 
@@ -30,10 +33,22 @@ Position = Annotated[str, typer.Option(help="Position encoding of every variant:
 
 def main() -> None:
     """Run the command line; what the user can mend is one sentence and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that has no × shows ? and the command goes on.
+        sys.stdout.reconfigure(errors="replace")
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except InputError as error:
         print(f"multimatrix: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        place = error.filename or "the output"
+        print(f"multimatrix: cannot write {place}: {error.strerror}; make room and run it again", file=sys.stderr)
         sys.exit(2)
 
 
@@ -48,6 +63,7 @@ def version_option(
 
 @app.command()
 def capacity(
+    ctx: typer.Context,
     recipe: Annotated[str | None, typer.Option(help="Published sizes: paper-7b, paper-1b or step3.")] = None,
     hidden_size: Annotated[int, typer.Option(help="H, elements of the hidden vector.")] = 2048,
     layers: Annotated[int, typer.Option(help="Number of decoder layers.")] = 24,
@@ -63,8 +79,7 @@ def capacity(
     from multimatrix.plan.capacity import capacity_rows, load_recipe
 
     if recipe is not None:
-        if sizes:
-            raise InputError("--set changes customary sizes, and --recipe has its own; give one of them")
+        _refuse_beside(ctx, "--recipe", "hidden_size", "layers", "head_dim", "variants", "position", "sizes")
         known = load_recipe(recipe)
         specs, layers, title = known.specs, known.num_hidden_layers, f"{known.title}\n{known.source}"
     else:
@@ -81,6 +96,16 @@ def capacity(
         print(json.dumps(rows, indent=2))
     else:
         _print_capacity(rows, title)
+
+
+def _refuse_beside(ctx: typer.Context, subject: str, *names: str) -> None:
+    """InputError where an option was given that has no effect because `subject` brings its own sizes."""
+    for option in ctx.command.params:
+        source = ctx.get_parameter_source(option.name) if option.name in names else None
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError(
+                f"{subject} has sizes of its own, which {option.opts[0]} cannot change; leave one of them out"
+            )
 
 
 def split_labels(text: str) -> list[str]:
@@ -135,6 +160,7 @@ def _print_capacity(rows: list[dict[str, Any]], title: str) -> None:
 
 @app.command()
 def check(
+    ctx: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Folder of a saved multimatrix model.")] = None,
     variant: Annotated[str | None, typer.Option(help="Check a small random model of this variant instead.")] = None,
     hidden_size: Annotated[int, typer.Option(help="H of the random model.")] = 64,
@@ -148,19 +174,21 @@ def check(
     """Print the agreement table of a saved model or a variant; exit status 1 if any check fails."""
     if (model is None) == (variant is None):
         raise InputError("give either the folder of a saved model or --variant NAME")
+    if model is not None:
+        _refuse_beside(ctx, "a saved model", "hidden_size", "head_dim", "position", "sizes")
     import torch
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging
 
     from multimatrix.attention.sizes import specs_from_labels
     from multimatrix.evaluate import agreement
 
-    disable_progress_bar()
-
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     precisions = {str(known).removeprefix("torch."): known for known in agreement.TOLERANCES}
     if dtype not in precisions:
-        raise InputError(f"dtype must be {', '.join(precisions)}; got {dtype!r}")
+        raise InputError(f"dtype must be one of {', '.join(precisions)}; got {dtype!r}")
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     if variant is not None:
@@ -177,7 +205,7 @@ def check(
         rows = [
             {
                 "check": c.name,
-                "error": c.error,
+                "error": c.error if math.isfinite(c.error) else None,
                 "tolerance": c.tolerance,
                 "passed": c.passed,
                 "detail": c.detail,

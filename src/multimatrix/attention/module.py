@@ -6,6 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimatrix.attention.gmha import AttentionSpec
@@ -14,6 +15,14 @@ from multimatrix.ops.rotary import Rotation
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm, its scale in the dtype of the input, so that autocast keeps the fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -31,7 +40,7 @@ class Attention(nn.Module):
                 out_features, in_features = weight.shape
                 self.add_module(weight.name, nn.Linear(in_features, out_features, bias=False))
             elif weight.kind == "norm":
-                self.add_module(weight.name, nn.RMSNorm(weight.shape[0], eps=eps))
+                self.add_module(weight.name, RMSNorm(weight.shape[0], eps=eps))
             else:
                 self.register_parameter(weight.name, nn.Parameter(torch.zeros(weight.shape)))
 

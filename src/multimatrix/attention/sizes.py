@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
 import tomllib
 from collections.abc import Sequence
 from typing import Any
@@ -9,13 +12,16 @@ from typing import Any
 from multimatrix.attention import AttentionSpec, make_spec, spec_class
 from multimatrix.errors import InputError
 
+# Settings that every variant has, and whose customary sizes may depend on them.
+SHARED = {field.name for field in dataclasses.fields(AttentionSpec)} - {"hidden_size", "num_heads"}
+
 
 def specs_from_labels(
     labels: Sequence[str], *, hidden_size: int, head_dim: int, overrides: Sequence[str] = (), **options: Any
 ) -> dict[str, AttentionSpec]:
     """One spec per label, at the variant's customary sizes with the overrides applied.
 
-    labels: variant names; `name@anything` tells two settings of one variant apart. head_dim: of the MHA of the same
+    labels: variant names; `name@tag` tells two settings of one variant apart. head_dim: of the MHA of the same
     hidden_size, from which every variant's customary sizes follow. overrides: `label.field=value`. options: fields
     set on every variant.
 
@@ -27,8 +33,14 @@ def specs_from_labels(
     repeated = sorted({label for label in labels if list(labels).count(label) > 1})
     if repeated:
         raise InputError(f"variant {repeated[0]!r} is listed twice; write {repeated[0]}@name to tell settings apart")
-    if hidden_size < 1 or head_dim < 1 or head_dim > hidden_size:
-        raise InputError(f"head_dim must be between 1 and hidden_size, got {head_dim} and {hidden_size}")
+    for label in labels:
+        # Labels become names of folders.
+        if "@" in label and not re.fullmatch(r"[^@]*@[A-Za-z0-9_.+-]+", label):
+            raise InputError(f"cannot read {label!r}; after @ write a tag of letters, digits and _ . + -")
+    if hidden_size < 1:
+        raise InputError(f"hidden_size must be at least 1, got {hidden_size}")
+    if not 1 <= head_dim <= hidden_size:
+        raise InputError(f"head_dim must be between 1 and the hidden_size of {hidden_size}, got {head_dim}")
     changes: dict[str, dict[str, Any]] = {label: {} for label in labels}
     for override in overrides:
         label, field, value = _parse_override(override)
@@ -36,10 +48,26 @@ def specs_from_labels(
             raise InputError(f"{override!r} sets a size of {label!r}, which is not among {', '.join(labels)}")
         changes[label][field] = value
     specs = {}
-    for label in labels:
-        usual = spec_class(label.partition("@")[0]).sized(hidden_size, head_dim, **options)
-        specs[label] = make_spec(hidden_size, usual.to_dict() | changes[label])
+    for label, changed in changes.items():
+        cls = spec_class(label.partition("@")[0])
+        _check_kinds(cls, changed)
+        shared = {field: value for field, value in changed.items() if field in SHARED}
+        usual = cls.sized(hidden_size, head_dim, **options | shared)
+        specs[label] = make_spec(hidden_size, usual.to_dict() | changed)
     return specs
+
+
+def _check_kinds(cls: type[AttentionSpec], changed: dict[str, Any]) -> None:
+    """InputError where a switch is no switch or a factor no number; specs check their whole numbers themselves."""
+    kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+    for field, value in changed.items():
+        if field == "variant":
+            raise InputError(f"{cls.variant} has no size 'variant'; choose the variant where variants are listed")
+        if kinds.get(field) == "bool" and not isinstance(value, bool):
+            raise InputError(f"{cls.variant}: {field} must be true or false, got {value!r}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if kinds.get(field) == "float | None" and not is_number:
+            raise InputError(f"{cls.variant}: {field} must be a number, got {value!r}")
 
 
 def _parse_override(text: str) -> tuple[str, str, Any]:

@@ -32,8 +32,7 @@ def run_command(preset: str | None, settings: dict[str, Any], out: str, *, dry_r
     comparison = make_comparison(preset, settings)
     console = Console()
     progress = Progress(comparison.steps)
-    progress.say("reading the text")
-    prepared = prepare(comparison)
+    prepared = prepare(comparison, say=progress.say)
     _describe(prepared, console)
     if dry_run:
         return 0
@@ -47,7 +46,7 @@ def run_command(preset: str | None, settings: dict[str, Any], out: str, *, dry_r
     except OSError as error:
         where = error.filename or directory
         raise InputError(
-            f"cannot write {where}: {error.strerror or error}; finished runs are kept, and once there is room "
+            f"cannot write {where}: {error.strerror or error}; finished runs are kept, and once this is mended "
             "the same command goes on from there"
         ) from error
     finally:
@@ -84,7 +83,7 @@ def matched_table(candidates: list[Candidate]) -> Table:
         "KV bytes/token",
         "of MHA",
     ):
-        table.add_column(header, justify="left" if header == "variant" else "right")
+        table.add_column(header, justify="left" if header == "variant" else "right", overflow="fold")
     for candidate in candidates:
         row = candidate.row()
         table.add_row(

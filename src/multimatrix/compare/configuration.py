@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
@@ -10,6 +11,9 @@ from typing import Any
 
 from multimatrix.errors import InputError
 from multimatrix.train.run import Protocol
+
+# What numpy's generator takes.
+MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +66,6 @@ class Comparison:
             "validation_tokens",
             "steps",
             "batch_size",
-            "context",
             "evaluations",
         ):
             if getattr(self, name) < 1:
@@ -82,16 +85,23 @@ class Comparison:
             )
         if not self.seeds:
             raise InputError("no seeds were given; name at least one, for example --seeds 0,1")
-        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise InputError(f"seeds must be different whole numbers from 0 on, got {', '.join(map(str, self.seeds))}")
-        if not self.learning_rate > 0:
-            raise InputError(f"learning_rate must be positive, got {self.learning_rate}")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0 or max(self.seeds) > MAX_SEED:
+            seeds = ", ".join(map(str, self.seeds))
+            raise InputError(f"seeds must be different whole numbers from 0 to {MAX_SEED}, got {seeds}")
+        for name in ("learning_rate", "rope_theta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be a positive number, got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"weight_decay must be a number from 0 on, got {self.weight_decay}")
         if not 0 <= self.warmup_fraction < 1:
             raise InputError(f"warmup_fraction must be from 0 to below 1, got {self.warmup_fraction}")
         if self.evaluations > self.steps:
             raise InputError(
-                f"{self.evaluations} evaluations do not fit into {self.steps} steps; ask for {self.steps} at most"
+                f"{self.evaluations} evaluations do not fit into {self.steps} steps; "
+                f"lower --evaluations to at most {self.steps} or raise --steps"
             )
+        if not all(self.data):
+            raise InputError("a source of text has no name; give a file, a folder or hub:OWNER/NAME")
         if self.match not in ("parameters", "none"):
             raise InputError(f"match must be parameters or none, got {self.match!r}")
         if self.precision not in ("auto", "float32", "bfloat16"):

@@ -71,8 +71,9 @@ def style_of(variant: str) -> tuple[str, str]:
 
 
 def display_name(variant: str) -> str:
-    """The name as papers print it: `mfa_kr` becomes MFA-KR."""
-    return variant.upper().replace("_", "-")
+    """The name as papers print it: `mfa_kr` becomes MFA-KR, `mfa_kr@tied` MFA-KR@tied."""
+    name, at, tag = variant.partition("@")
+    return name.upper().replace("_", "-") + at + tag
 
 
 def format_bytes(count: float | None) -> str:

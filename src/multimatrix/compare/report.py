@@ -210,7 +210,7 @@ def console_table(results: dict[str, Any]) -> Table:
         shown = [column for column in columns if column.terminal]
         for place, heading in enumerate(_headings(shown, results)):
             left = place == 0 or heading == "verdict"
-            table.add_column(Text(heading), justify="left" if left else "right", vertical="bottom")
+            table.add_column(Text(heading), justify="left" if left else "right", vertical="bottom", overflow="fold")
         for row in results.get("rows") or []:
             cells = _cells(shown, row)
             table.add_row(*(Text(cell.text, style=TERMINAL_STYLES.get(cell.kind, "")) for cell in cells))

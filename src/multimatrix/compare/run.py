@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from multimatrix import __version__
 from multimatrix.compare import figures, report
 from multimatrix.compare.configuration import Comparison
 from multimatrix.compare.matching import Candidate, match
@@ -28,9 +29,19 @@ from multimatrix.compare.statistics import judge, summary
 from multimatrix.data import Corpus, PackedText, load_corpus, load_tokenizer, pack
 from multimatrix.errors import InputError
 from multimatrix.evaluate.measure import PeakMemory, counted_kv_bytes_per_token, decode_tokens_per_second
-from multimatrix.files import write_json
+from multimatrix.files import write_json, writing
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.train.run import Protocol, RunFailed, train
+
+# What result.json holds of a run beside its identity and environment.
+MEASURED = (
+    "validation_loss",
+    "train_tokens_per_second",
+    "decode_tokens_per_second",
+    "peak_memory_bytes",
+    "kv_bytes_per_token_counted",
+    "wall_seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -78,22 +89,20 @@ class Run:
         """The stored result, or None where the run is not done.
 
         Raises:
-            InputError: the folder holds a finished run of another configuration.
+            InputError: the folder holds a finished run of another configuration, or a result that is damaged.
         """
         path = self.directory / "result.json"
         if not path.is_file():
             return None
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            found = stored["identity"]
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{path} is not a result of ours; move it away or choose another --out") from error
-        refuse_difference(self.directory, found, self.identity)
+        stored = _read_ours(path, ("identity", *MEASURED), "delete it to train that run again")
+        _refuse_difference(self.directory, stored["identity"], self.identity)
         return stored
 
 
-def prepare(comparison: Comparison) -> Prepared:
+def prepare(comparison: Comparison, *, say: Callable[[str], None]) -> Prepared:
     """Read the text, build the tokenizer, match the sizes.
+
+    say: gets one line for the person who waits.
 
     Raises:
         InputError: text that cannot be read or is too small, or sizes that cannot work.
@@ -101,11 +110,19 @@ def prepare(comparison: Comparison) -> Prepared:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # Sizes first: they fail in a blink, and reading a corpus may take minutes.
     match(comparison, vocab_size=257)
+    say("reading the text")
     corpus = load_corpus(comparison.data, validation_fraction=comparison.validation_fraction)
     tokenizer = load_tokenizer(comparison.tokenizer, corpus.train)
     text = pack(corpus, tokenizer, comparison.context)
-    blocks = max(1, comparison.validation_tokens // comparison.context)
-    text = dataclasses.replace(text, validation=text.validation[:blocks])
+    if len(text.train) < comparison.batch_size:
+        raise InputError(
+            f"the train text has {len(text.train)} blocks of {comparison.context} tokens and one step needs "
+            f"{comparison.batch_size}; set the batch size to at most {len(text.train)} or add text"
+        )
+    # Whole batches only, so that every step sees the tokens that are counted for it.
+    train_blocks = len(text.train) // comparison.batch_size * comparison.batch_size
+    validation_blocks = max(1, comparison.validation_tokens // comparison.context)
+    text = dataclasses.replace(text, train=text.train[:train_blocks], validation=text.validation[:validation_blocks])
     candidates = match(comparison, text.vocab_size)
     return Prepared(comparison, candidates, comparison.protocol(device.type), device, corpus, tokenizer, text)
 
@@ -123,7 +140,8 @@ def run_comparison(
     say: gets one line for the person who waits. show: gets every metrics row of the run that is under way.
 
     Raises:
-        InputError: `out` holds a comparison of another configuration, or the disk is full.
+        InputError: `out` holds a comparison of another configuration, or something that is not ours.
+        OSError: `out` cannot be written, for example because the disk is full; finished runs are as they were.
         KeyboardInterrupt: the results of what was finished are written first.
     """
     settings = _claim(out, prepared)
@@ -171,31 +189,44 @@ def _claim(out: Path, prepared: Prepared) -> dict[str, Any]:
     settings = json.loads(json.dumps(settings))
     path = out / "config.json"
     if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is damaged; move it away or choose another --out") from error
+        found = _read_ours(path, ("variants", "seeds", "sizes", "corpus_sha256"), "choose another --out")
         # More variants or seeds continue a comparison; fewer would drop finished rows from its tables.
         for name in ("variants", "seeds", "sizes"):
-            dropped = [item for item in found.get(name, []) if item not in settings[name]]
+            dropped = [item for item in found[name] if item not in settings[name]]
             if dropped:
                 raise InputError(
                     f"{out} holds a comparison whose {name} include {', '.join(map(str, dropped))}; "
                     "name them again or choose another --out"
                 )
             found[name] = settings[name]
-        refuse_difference(out, found, settings)
+        _refuse_difference(out, found, settings)
+    elif out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; choose another --out")
     elif out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty and holds no comparison of ours; choose another --out")
     return settings
 
 
-def refuse_difference(directory: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _read_ours(path: Path, keys: Sequence[str], way_out: str) -> dict[str, Any]:
+    """What a comparison stored in `path`; InputError where it is damaged or somebody else's."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or any(key not in found for key in keys):
+        raise InputError(f"{path} is damaged, or was not written by multimatrix compare; {way_out}")
+    return found
+
+
+def _refuse_difference(directory: Path, found: dict[str, Any], wanted: dict[str, Any], within: str = "") -> None:
     """InputError that names the first setting in which two configurations differ."""
-    for name in [*wanted, *(name for name in found if name not in wanted)]:
-        if found.get(name) != wanted.get(name):
+    for name in dict.fromkeys([*wanted, *found]):
+        old, new = found.get(name), wanted.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            _refuse_difference(directory, old, new, f"{within}{name}.")
+        elif old != new:
             raise InputError(
-                f"{directory} was made with {name} = {found.get(name)} and this comparison has {wanted.get(name)}; "
+                f"{directory} was made with {within}{name} = {old} and this comparison has {new}; "
                 "choose another --out or the same settings"
             )
 
@@ -245,8 +276,10 @@ def _execute(prepared: Prepared, run: Run, show: Callable[[Run, dict[str, Any]],
     peak = memory.bytes()
     context = prepared.protocol.context
     decode_speed = decode_tokens_per_second(trained.model, context=max(1, context // 2), tokens=min(64, context // 2))
-    trained.model.save_pretrained(run.directory / "model")
-    prepared.tokenizer.save_pretrained(run.directory / "model")
+    folder = run.directory / "model"
+    with writing(folder):
+        trained.model.save_pretrained(folder)
+        prepared.tokenizer.save_pretrained(folder)
     # Stated bytes are at 16 bit, so the real cache is filled at 16 bit.
     counted = counted_kv_bytes_per_token(trained.model.to(torch.bfloat16), tokens=context)
     result = {
@@ -291,7 +324,7 @@ def _gather(
     complete = all(run.name in results for run in runs)
     return {
         "title": "multimatrix compare",
-        "version": metadata.version("multimatrix"),
+        "version": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "complete": complete,
@@ -320,7 +353,8 @@ def _loss_columns(losses: list[float], bytes_per_token: float) -> dict[str, Any]
         return {"validation_loss": None, "perplexity": None, "bits_per_byte": None}
     return {
         "validation_loss": summary(losses),
-        "perplexity": summary([math.exp(loss) for loss in losses]),
+        # A diverged run's may be more than a float holds.
+        "perplexity": summary([math.exp(loss) for loss in losses]) if max(losses) < 700 else None,
         "bits_per_byte": summary([loss / math.log(2) / bytes_per_token for loss in losses]),
     }
 
@@ -384,7 +418,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "commit": _commit(),
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("multimatrix", "torch", "transformers", "accelerate")},
+        "multimatrix": __version__,
+        **{name: metadata.version(name) for name in ("torch", "transformers", "accelerate")},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "cores": os.cpu_count(),

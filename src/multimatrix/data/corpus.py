@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from multimatrix.errors import InputError
+from multimatrix.errors import InputError, one_line
 
 STDLIB = "stdlib"
 HUB = "hub:"
@@ -104,12 +104,6 @@ def load_corpus(sources: Sequence[str] = (), *, validation_fraction: float = 0.1
         validation=tuple(text for i, text in enumerate(documents) if i in held_out),
         duplicates=duplicates,
     )
-
-
-def one_line(error: Exception) -> str:
-    """The message of somebody else's exception, fit for the middle of one of our sentences."""
-    message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return message if len(message) <= 300 else message[:300] + "..."
 
 
 def _hash(text: str) -> bytes:

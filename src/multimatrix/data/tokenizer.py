@@ -10,8 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
-from multimatrix.data.corpus import one_line
-from multimatrix.errors import InputError
+from multimatrix.errors import InputError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 # What end of text is called where a tokenizer.json comes without the tokenizer_config.json that says so.

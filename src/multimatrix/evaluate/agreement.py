@@ -19,8 +19,9 @@ from transformers import DynamicCache, StaticCache
 
 from multimatrix.attention import AttentionSpec
 from multimatrix.attention.module import Attention
-from multimatrix.errors import InputError
+from multimatrix.errors import InputError, one_line
 from multimatrix.evaluate.cache_bytes import stored_bytes
+from multimatrix.files import writing
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.modeling import MultimatrixForCausalLM
 from multimatrix.ops.reference import reference_attention
@@ -87,18 +88,22 @@ def load_model(folder: str, dtype: torch.dtype, device: str) -> MultimatrixForCa
         InputError: the folder holds no multimatrix model that can be loaded.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise InputError(f"{folder} has no config.json; give the folder that save_pretrained wrote")
+        raise InputError(f"{folder} has no config.json; give the folder of a saved multimatrix model")
     try:
-        config = MultimatrixConfig.get_config_dict(folder)[0]
-        if config.get("model_type") != MultimatrixConfig.model_type:
-            raise InputError(
-                f"{folder} holds a {config.get('model_type')!r} model; only multimatrix models are checked"
-            )
-        return MultimatrixForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
+        kind = MultimatrixConfig.get_config_dict(folder)[0].get("model_type")
+        if kind != MultimatrixConfig.model_type:
+            raise InputError(f"it holds a {kind!r} model")
+        model, found = MultimatrixForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        for kind in ("missing", "mismatched", "unexpected"):  # transformers makes up for the first two at random
+            if keys := sorted(found[f"{kind}_keys"]):
+                raise InputError(f"its config.json and weights disagree, {len(keys)} {kind}, the first: {keys[0]}")
+    except Exception as error:  # a damaged file is met by transformers, safetensors or our config, each in its way
+        raise InputError(
+            f"{folder} cannot be loaded: {one_line(error)}; give the folder of a saved multimatrix model"
+        ) from error
+    return model.to(device).eval()
 
 
 def _oracle(model: MultimatrixForCausalLM, ids: Tensor) -> Check:
@@ -117,8 +122,8 @@ def _oracle(model: MultimatrixForCausalLM, ids: Tensor) -> Check:
             hook.remove()
     errors = []
     for module, x, output in seen:
-        weights = {name.removesuffix(".weight"): p.double().cpu() for name, p in module.named_parameters()}
-        expected = reference_attention(module.spec, weights, x.double().cpu(), theta=model.config.rope_theta)
+        weights = {name.removesuffix(".weight"): p.cpu().double() for name, p in module.named_parameters()}
+        expected = reference_attention(module.spec, weights, x.cpu().double(), theta=model.config.rope_theta)
         errors.append(_relative(output, expected))
     return _check(model, "oracle", max(errors), f"{len(seen)} attention layers against float64 equations")
 
@@ -172,7 +177,8 @@ def _dynamic_and_static(model: MultimatrixForCausalLM, ids: Tensor) -> Check:
 
 def _saved_and_loaded(model: MultimatrixForCausalLM, ids: Tensor) -> Check:
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        with writing(folder):
+            model.save_pretrained(folder)
         loaded = MultimatrixForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
     difference = _relative(loaded(ids).logits, model(ids).logits)
     return Check("saved / loaded", difference, 0.0, "save_pretrained, from_pretrained, same logits to the bit")
@@ -223,7 +229,7 @@ def _run(
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.double().cpu(), expected.double().cpu()
+    actual, expected = actual.cpu().double(), expected.cpu().double()
     return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
 
 

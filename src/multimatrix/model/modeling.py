@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from multimatrix.attention.gmha import AttentionSpec
-from multimatrix.attention.module import Attention, RotaryTables
+from multimatrix.attention.module import Attention, RMSNorm, RotaryTables
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.feed_forward import SwiGLU
 
@@ -28,9 +28,9 @@ class DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MultimatrixConfig, spec: AttentionSpec, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(spec, layer_idx, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
@@ -88,7 +88,7 @@ class MultimatrixModel(MultimatrixPreTrainedModel):
         self.layers = nn.ModuleList(
             DecoderLayer(config, spec, layer_idx) for layer_idx, spec in enumerate(config.layer_specs())
         )
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -108,6 +108,10 @@ class MultimatrixModel(MultimatrixPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if kwargs.get("position_ids") is not None:
+            raise ValueError(
+                "positions are cache slots, so position_ids and packed rows are not supported; leave them out"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache is None:
@@ -168,6 +172,7 @@ class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            position_ids=kwargs.pop("position_ids", None),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])  # [B, T, vocab_size]

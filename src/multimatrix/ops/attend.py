@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from multimatrix.ops.alibi import alibi_bias
 
@@ -111,11 +112,18 @@ def sdpa(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: boo
         if mask is not None and mask.shape[1] == heads:
             mask = mask.unflatten(1, (groups, -1)).squeeze(3)  # [B, G, N / G, S]
         rows = q.unflatten(1, (groups, -1)).squeeze(3)  # [B, G, N / G, D]
-        o = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
-        return o.flatten(1, 2).unsqueeze(2)
+        return _decode(rows, key, value, mask, scale).flatten(1, 2).unsqueeze(2)
+    if q.shape[2] == 1:
+        return _decode(q, key, value, mask, scale)
     return F.scaled_dot_product_attention(
         q, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups < heads
     )
+
+
+def _decode(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Ungrouped attention over a cache that grows: cuDNN, which plans anew for every length, is left out."""
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, key, value, attn_mask=mask, scale=scale)
 
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], Tensor]] = {

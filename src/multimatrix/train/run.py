@@ -97,8 +97,7 @@ def train(
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    if recorder.validation_loss is None or not math.isfinite(recorder.validation_loss):
-        raise RunFailed(f"the validation loss is {recorder.validation_loss} after {protocol.steps} steps")
+    assert recorder.validation_loss is not None, "the last step is always evaluated"
     return TrainedRun(model, recorder.validation_loss, recorder.tokens_per_second, seconds)
 
 
@@ -160,12 +159,12 @@ class _Recorder(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return
+        _check_loss("training", logs["loss"], state.global_step)
         row = {**self._at(state), "loss": logs["loss"], "learning_rate": logs["learning_rate"]}
         self.write({**row, "tokens_per_second": round(self.tokens_per_second, 1)})
-        if not math.isfinite(logs["loss"]):
-            raise RunFailed(f"the training loss is {logs['loss']} at step {state.global_step}; lower the learning rate")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        _check_loss("validation", metrics["eval_loss"], state.global_step)
         self.validation_loss = metrics["eval_loss"]
         self.write({**self._at(state), "validation_loss": self.validation_loss})
 
@@ -176,3 +175,8 @@ class _Recorder(TrainerCallback):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _check_loss(kind: str, loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise RunFailed(f"the {kind} loss is {loss} at step {step}; lower the learning rate")
