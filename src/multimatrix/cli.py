@@ -271,6 +271,7 @@ def compare(
     latent_scaling: Annotated[bool | None, typer.Option(help="Scale low-rank latents by sqrt(H/rank).")] = None,
     zero_init_output: Annotated[bool | None, typer.Option(help="Start attention outputs at zero.")] = None,
     depth_scaled_init: Annotated[bool | None, typer.Option(help="Paper's 1/sqrt(2 layer) rule.")] = None,
+    initializer_range: Annotated[float | None, typer.Option(help="Initial std; default: 1/sqrt(hidden size).")] = None,
     tie_embeddings: Annotated[bool | None, typer.Option(help="One matrix for embedding and head.")] = None,
     out: Annotated[str | None, typer.Option(help="Run directory; default: runs/PRESET or runs/compare.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Read the text, match the sizes, print them, stop.")] = False,
@@ -308,6 +309,7 @@ def compare(
         "latent_scaling": latent_scaling,
         "zero_init_output": zero_init_output,
         "depth_scaled_init": depth_scaled_init,
+        "initializer_range": initializer_range,
         "tie_word_embeddings": tie_embeddings,
     }
     raise typer.Exit(run_command(preset, settings, out or f"runs/{preset or 'compare'}", dry_run=dry_run))

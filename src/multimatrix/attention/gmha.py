@@ -124,12 +124,7 @@ class AttentionSpec(ABC):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in ("int", "int | None") and value is not None:
-                if isinstance(value, bool) or not isinstance(value, int):
-                    raise InputError(f"{self.variant}: {field.name} must be a whole number, got {value!r}")
-                if value < 1 and field.name != "rotary_dim":
-                    raise InputError(f"{self.variant}: {field.name} must be at least 1, got {value}")
+            self._check_kind(field, getattr(self, field.name))
         if self.position not in ("rope", "alibi", "none"):
             raise InputError(f"{self.variant}: position must be rope, alibi or none, got {self.position!r}")
         if self.softmax_scale is not None and not self.softmax_scale > 0:
@@ -143,6 +138,21 @@ class AttentionSpec(ABC):
                 f"{self.variant}: RoPE turns pairs, so the rotary dim must be even and between 2 and "
                 f"{self.rotated_width}, got {rotated}; {way_out}"
             )
+
+    def _check_kind(self, field: dataclasses.Field[Any], value: Any) -> None:
+        """InputError where a count is no count, a factor no number or a switch no switch."""
+        kind, _, optional = str(field.type).partition(" | ")
+        if optional and value is None:
+            return
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kind == "bool" and not isinstance(value, bool):
+            raise InputError(f"{self.variant}: {field.name} must be true or false, got {value!r}")
+        if kind == "float" and not (is_number and math.isfinite(value)):
+            raise InputError(f"{self.variant}: {field.name} must be a number, got {value!r}")
+        if kind == "int" and not (is_number and isinstance(value, int)):
+            raise InputError(f"{self.variant}: {field.name} must be a whole number, got {value!r}")
+        if kind == "int" and value < 1 and field.name != "rotary_dim":  # RoPE has a sentence of its own
+            raise InputError(f"{self.variant}: {field.name} must be at least 1, got {value}")
 
     # ---- the numbers: what a variant states -------------------------------------------------------------------
 

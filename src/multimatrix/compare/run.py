@@ -243,6 +243,7 @@ def _make_run(prepared: Prepared, out: Path, candidate: Candidate, seed: int) ->
         rope_parameters={"rope_type": "default", "rope_theta": comparison.rope_theta},
         tie_word_embeddings=comparison.tie_word_embeddings,
         depth_scaled_init=comparison.depth_scaled_init,
+        initializer_range=comparison.initial_std,
         zero_init_output=comparison.zero_init_output,
         bos_token_id=prepared.tokenizer.bos_token_id,
         eos_token_id=prepared.tokenizer.eos_token_id,

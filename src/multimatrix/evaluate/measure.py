@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -43,14 +44,18 @@ class PeakMemory:
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        elif _CLEAR_REFS.exists():
+        elif self._resident_is_known:
             _CLEAR_REFS.write_text("5")  # resets the peak that the kernel keeps, see proc(5)
+
+    @property
+    def _resident_is_known(self) -> bool:
+        return os.access(_CLEAR_REFS, os.W_OK) and os.access(_STATUS, os.R_OK)
 
     def bytes(self) -> int | None:
         """The peak, or None where the system does not tell."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        if _CLEAR_REFS.exists():
+        if self._resident_is_known:
             peak = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
             return int(peak.split()[1]) * 1024
         return None
