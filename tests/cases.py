@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from multimatrix import MultimatrixConfig, MultimatrixForCausalLM
 from multimatrix.attention import VARIANTS, AttentionSpec, make_spec
@@ -11,15 +14,22 @@ from multimatrix.attention.module import Attention
 
 # Settings of one variant beyond what all share.
 OWN_SETTINGS: dict[str, list[dict]] = {
-    "gqa": [{"num_kv_heads": 2}],
-    "mla": [{"query_rank": 12}, {"value_head_dim": 6, "query_rank": 12, "latent_scaling": True}],
-    "mfa": [{"query_norm": True, "query_rank": 12, "latent_scaling": True}, {"rotary_blocks": 2, "softmax_scale": 0.3}],
+    "gqa": [{"num_heads": 6, "num_kv_heads": 3}],
+    "mla": [{"query_rank": 12}, {"value_head_dim": 6, "query_rank": 12, "latent_dim": 20, "latent_scaling": True}],
+    "mfa": [
+        {"query_norm": True, "query_rank": 12, "latent_scaling": True},
+        {"rotary_blocks": 2, "softmax_scale": 0.3},
+        {"num_heads": 5, "position": "alibi"},
+    ],
     "mfa_kr": [
         {"value_map": value_map, "key_reuse": key_reuse}
         for value_map in ("tied", "projected", "residual", "gated")
         for key_reuse in ("unrotated", "relative")
     ]
-    + [{"key_reuse": "relative", "rotary_blocks": 2}, {"key_reuse": "relative", "rotary_dim": 4, "query_norm": True}],
+    + [
+        {"key_reuse": "relative", "rotary_blocks": 2},
+        {"key_reuse": "relative", "rotary_dim": 4, "query_norm": True},
+    ],
 }
 SHARED_SETTINGS: list[dict] = [{}, {"rotary_dim": 2}, {"position": "alibi"}, {"position": "none"}]
 
@@ -45,6 +55,18 @@ DEFAULTS: dict[str, AttentionSpec] = {variant: _spec(variant, {}) for variant in
 }
 
 
+# Decoders, as one spec per layer: every variant alone, all of one width in one model, and mixed position encodings.
+HYBRIDS: dict[str, list[AttentionSpec]] = {
+    "hybrid": [CASES[variant] for variant in ("mha", "mfa_kr", "mla")],
+    "hybrid-all": [spec for spec in DEFAULTS.values() if spec.hidden_size == 32],
+    "hybrid-positions": [
+        CASES[name] for name in ("mla-position=none", "mfa_kr-position=alibi", "gqa-rotary_dim=2", "mfa_kr")
+    ],
+}
+DECODERS: dict[str, list[AttentionSpec]] = {name: [spec] * 2 for name, spec in DEFAULTS.items()} | HYBRIDS
+ALL_DECODERS: dict[str, list[AttentionSpec]] = {name: [spec] * 2 for name, spec in CASES.items()} | HYBRIDS
+
+
 def random_attention(spec: AttentionSpec, dtype: torch.dtype = torch.float64) -> Attention:
     """A layer with no weight at a special value."""
     module = Attention(spec).to(dtype)
@@ -59,22 +81,51 @@ def weights_of(module: Attention) -> dict[str, Tensor]:
     return {name.removesuffix(".weight"): parameter for name, parameter in module.named_parameters()}
 
 
-def small_config(spec: AttentionSpec, **changes) -> MultimatrixConfig:
+def small_config(specs: Sequence[AttentionSpec], **changes) -> MultimatrixConfig:
+    """A decoder with one spec per layer; a single size dictionary where they are all the same."""
+    sizes = [spec.to_dict() for spec in specs]
     settings = {
         "vocab_size": 61,
-        "hidden_size": spec.hidden_size,
+        "hidden_size": specs[0].hidden_size,
         "intermediate_size": 32,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": len(specs),
         "max_position_embeddings": 64,
-        "attention": spec.to_dict(),
+        "attention": sizes[0] if all(size == sizes[0] for size in sizes) else sizes,
     }
     return MultimatrixConfig(**settings | changes)
 
 
-def random_model(spec: AttentionSpec, dtype: torch.dtype = torch.float64, **changes) -> MultimatrixForCausalLM:
-    """A two-layer decoder whose every weight is random, gates and norms included, with visible logits."""
-    model = MultimatrixForCausalLM(small_config(spec, **changes)).to(dtype)
+def random_model(
+    specs: Sequence[AttentionSpec], dtype: torch.dtype = torch.float64, **changes
+) -> MultimatrixForCausalLM:
+    """A decoder whose every weight is random, gates and norms included, with visible logits."""
+    model = MultimatrixForCausalLM(small_config(specs, **changes)).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.4)
     return model.eval()
+
+
+def random_ids(*shape: int) -> Tensor:
+    """Token ids of the small decoder; id 0 is left out, so that padding shows."""
+    return torch.randint(1, 61, shape)
+
+
+def padded(rows: Sequence[Tensor], side: str = "left") -> tuple[Tensor, Tensor]:
+    """Sequences [T_b] of any lengths -> ids [B, T] and attention mask [B, T], filled up with id 0 on one side."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_side=side)
+    return ids, (ids != 0).long()
+
+
+@torch.no_grad()
+def logits_in_chunks(
+    model: MultimatrixForCausalLM, ids: Tensor, chunks: Iterable[int], cache: Cache, mask: Tensor | None = None
+) -> Tensor:
+    """Logits [B, T, vocab_size] of ids [B, T] fed through a cache in chunks of these lengths."""
+    logits, done = [], 0
+    for chunk in chunks:
+        step = slice(done, done := done + chunk)
+        seen = None if mask is None else mask[:, :done]
+        logits.append(model(ids[:, step], attention_mask=seen, past_key_values=cache).logits)
+    assert done == ids.shape[1]
+    return torch.cat(logits, dim=1)

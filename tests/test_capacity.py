@@ -181,7 +181,7 @@ def test_the_papers_table():
             (m, c, c),
         ),
     }
-    assert set(sizes) == set(VARIANTS)
+    assert set(sizes) <= set(VARIANTS)
     for variant, (fields, parameters, cached, (heads, rank, shared)) in sizes.items():
         spec = make_spec(h, {"variant": variant, **fields})
         assert spec.parameters == parameters, variant

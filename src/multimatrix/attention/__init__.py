@@ -32,7 +32,7 @@ VARIANTS: dict[str, type[AttentionSpec]] = {
 
 def spec_class(variant: str) -> type[AttentionSpec]:
     """The spec class of a variant name; InputError with the known names where there is none."""
-    if variant not in VARIANTS:
+    if not isinstance(variant, str) or variant not in VARIANTS:
         near = difflib.get_close_matches(str(variant), VARIANTS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"there is no variant {variant!r}; the variants are {', '.join(VARIANTS)}{hint}")
@@ -45,6 +45,8 @@ def make_spec(hidden_size: int, sizes: Mapping[str, Any]) -> AttentionSpec:
     Raises:
         InputError: the variant is unknown, a field is unknown or missing, or the sizes cannot work.
     """
+    if not isinstance(sizes, Mapping):
+        raise InputError(f"attention sizes are a table such as {{'variant': 'mha', ...}}, got {sizes!r}")
     if "variant" not in sizes:
         raise InputError(f"attention sizes need a 'variant', one of {', '.join(VARIANTS)}; got {dict(sizes)}")
     cls = spec_class(sizes["variant"])

@@ -29,6 +29,7 @@ Legend of the shape letters used in every comment of this package:
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -86,8 +87,8 @@ class CacheLayout:
 class Capacity:
     """A row of the paper's capacity table, for one layer.
 
-    rank_per_head: rank of each head's circuits. shared_latent_dim: dim of the space all heads read from (the
-    paper's SLSD). total_effective_rank: heads times rank per head (TER).
+    rank_per_head: rank of each head's circuits as the paper counts it, the head's dim. shared_latent_dim: dim of the
+    space all heads read from (the paper's SLSD). total_effective_rank: heads times rank per head (TER).
     """
 
     heads: int
@@ -105,7 +106,8 @@ class AttentionSpec(ABC):
 
     hidden_size: H. num_heads: N, the query heads. position: "rope", "alibi" or "none". rotary_dim: how many
     leading elements of every rotated vector RoPE turns, None for all. softmax_scale: multiplies the scores, None
-    for 1/sqrt(D). latent_scaling: multiply every low-rank latent by sqrt(H/rank), after its norm where it has one.
+    for 1/sqrt(D). latent_scaling: multiply every low-rank latent that is projected up again by sqrt(H/rank), after its
+    norm where it has one; variants without such a latent are unchanged.
 
     Raises:
         InputError: the sizes cannot work together; the sentence has the numbers and the way out.
@@ -141,7 +143,8 @@ class AttentionSpec(ABC):
 
     def _check_kind(self, field: dataclasses.Field[Any], value: Any) -> None:
         """InputError where a count is no count, a factor no number or a switch no switch."""
-        kind, _, optional = str(field.type).partition(" | ")
+        annotation = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
+        kind, _, optional = annotation.partition(" | ")
         if optional and value is None:
             return
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -198,7 +201,11 @@ class AttentionSpec(ABC):
 
     @abstractmethod
     def project(self, w: Attention, x: Tensor, rope: Rotation) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x [B, T, H] -> query [B, N, T, D] and the latents to cache, one or two of [B, G, T, dim]."""
+        """x [B, T, H] -> query [B, N, T, D] and the latents to cache, one or two of [B, G, T, dim].
+
+        w: the layer, its weights as submodules. `rope(t)` turns t at the positions of the new tokens. The query is
+        always turned, and so is the key, unless the cache's source is "unrotated".
+        """
 
     def emit(self, w: Attention, o: Tensor) -> Tensor:
         """Head outputs o [B, N, T, V] -> [B, T, H]."""
@@ -230,8 +237,8 @@ class AttentionSpec(ABC):
     def circuits(self, w: Mapping[str, Tensor], x: Tensor) -> Circuits:
         """The equations once more, head by head in full matrices, for `ops.reference`.
 
-        w: weight name -> float64 tensor. x: [T, H]. No caching, no sharing, no rotation: the reference applies
-        positions itself.
+        w: weight name -> float64 tensor, linear weights as [out, in]. x: [T, H]. No caching, no sharing, no rotation:
+        the reference turns the runs of elements named in `Circuits.rotated` itself.
         """
 
     # ---- what follows from the above --------------------------------------------------------------------------

@@ -92,13 +92,16 @@ class Attention(nn.Module):
         if spec.has_expanded_form and latents[0].shape[2] == tokens > 1:
             o = run(q, spec.expand(self, latents, rope))
         else:
-            source = spec.cache.source
+            source, slots = spec.cache.source, latents[0].shape[2]
+            slot_rope = None
+            if source == "unrotated":
+                slot_rope = rope if slots == tokens else rotary.slots(spec, slots)
             o = run(
                 spec.absorb(self, q),
                 latents,
                 source=source,
                 value_dim=spec.cached_head_dims[1],
-                slot_rope=rotary.slots(spec, latents[0].shape[2]) if source == "unrotated" else None,
+                slot_rope=slot_rope,
             )
             o = spec.restore(self, o, rope)
         return spec.emit(self, o)

@@ -180,6 +180,9 @@ def _saved_and_loaded(model: MultimatrixForCausalLM, ids: Tensor) -> Check:
         with writing(folder):
             model.save_pretrained(folder)
         loaded = MultimatrixForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+    for parameter in loaded.parameters():
+        # Weights mapped from a file may lie at any address, and alignment alone moves the last bit of a product.
+        parameter.data = parameter.data.clone()
     difference = _relative(loaded(ids).logits, model(ids).logits)
     return Check("saved / loaded", difference, 0.0, "save_pretrained, from_pretrained, same logits to the bit")
 

@@ -53,8 +53,6 @@ class MultimatrixConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.attention is None:
             self.attention = {"variant": "mha", "num_heads": max(1, self.hidden_size // 64), "head_dim": 64}
-        if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
         super().__post_init__(**kwargs)
         for name in (
             "vocab_size",
@@ -63,17 +61,24 @@ class MultimatrixConfig(PreTrainedConfig):
             "num_hidden_layers",
             "max_position_embeddings",
         ):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.rope_parameters.get("rope_type", "default") != "default":
-            raise InputError(f"rope_type {self.rope_parameters['rope_type']!r} is not supported yet; use 'default'")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not 0 < self.initializer_range <= 1:
+            raise InputError(f"initializer_range must be above 0 and at most 1, got {self.initializer_range}")
+        scaling = (self.rope_parameters or {}).get("rope_type", "default")
+        if scaling != "default":
+            raise InputError(f"rope_type {scaling!r} is not supported yet; use 'default'")
         self.layer_specs()
 
     def layer_specs(self) -> list[AttentionSpec]:
         """The attention spec of every layer."""
         if isinstance(self.attention, dict):
             return [make_spec(self.hidden_size, self.attention)] * self.num_hidden_layers
-        assert self.attention is not None
+        if not isinstance(self.attention, list):
+            raise InputError(
+                f"attention must be one table of sizes or a list with one per layer, got {self.attention!r}"
+            )
         if len(self.attention) != self.num_hidden_layers:
             raise InputError(
                 f"attention lists {len(self.attention)} layers but num_hidden_layers is {self.num_hidden_layers}; "

@@ -15,6 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from multimatrix.attention.gmha import AttentionSpec
 from multimatrix.attention.module import Attention, RMSNorm, RotaryTables
@@ -32,6 +34,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.self_attn = Attention(spec, layer_idx, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        if config.depth_scaled_init:
+            self.mlp.down_proj.init_std = config.initializer_range * (2 * (layer_idx + 1)) ** -0.5
+        if config.zero_init_output:
+            getattr(self.self_attn, spec.output_weight).init_std = 0.0
 
     def forward(
         self,
@@ -62,21 +68,22 @@ class MultimatrixPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": DecoderLayer}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The rules stated in `MultimatrixConfig`. Children come before parents, so layers have the last word."""
+        """The rules stated in `MultimatrixConfig`.
+
+        transformers skips modules that hold no parameter of their own, so a layer cannot have the last word here: a
+        rule for one matrix is left on its linear map, as `init_std`, by the layer that knows it.
+        """
         super()._init_weights(module)
-        config = self.config
+        if hasattr(module, "init_std"):
+            init.normal_(module.weight, mean=0.0, std=module.init_std)
         if isinstance(module, Attention):
             for weight in module.spec.weights:
                 if weight.kind == "gate":
                     init.zeros_(getattr(module, weight.name))
-            if config.zero_init_output:
-                init.zeros_(getattr(module, module.spec.output_weight).weight)
-        elif isinstance(module, DecoderLayer) and config.depth_scaled_init:
-            std = config.initializer_range * (2 * (module.layer_idx + 1)) ** -0.5
-            init.normal_(module.mlp.down_proj.weight, mean=0.0, std=std)
 
 
 class MultimatrixModel(MultimatrixPreTrainedModel):
@@ -92,6 +99,8 @@ class MultimatrixModel(MultimatrixPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -114,8 +123,6 @@ class MultimatrixModel(MultimatrixPreTrainedModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache is None:
-            use_cache = self.config.use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
@@ -172,14 +179,19 @@ class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            position_ids=kwargs.pop("position_ids", None),
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])  # [B, T, vocab_size]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
 
 
 AutoModel.register(MultimatrixConfig, MultimatrixModel)

@@ -93,14 +93,13 @@ def eager(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bo
     scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * scale  # [B, N, T, S]
     if causal:
         mask = causal_mask(q.shape[2], key.shape[2], q.device)
-    if mask is not None and mask.dtype == torch.bool:
-        # A row that sees nothing (left padding) is all -inf; it must give zeros, not NaN.
-        scores = scores.masked_fill(~mask, float("-inf"))
-        scores = scores.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    elif mask is not None:
-        scores = scores + mask
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    # A row that sees nothing (left padding) must give zeros, not NaN.
+    empty = (scores == float("-inf")).all(-1, keepdim=True)
     precision = torch.promote_types(q.dtype, torch.float32)
-    weights = scores.softmax(-1, dtype=precision).to(q.dtype).unflatten(1, (groups, -1))
+    weights = scores.masked_fill(empty, 0.0).softmax(-1, dtype=precision).masked_fill(empty, 0.0)
+    weights = weights.to(q.dtype).unflatten(1, (groups, -1))
     return (weights @ value.unsqueeze(2)).flatten(1, 2)  # [B, N, T, V]
 
 

@@ -50,8 +50,9 @@ class Rotation:
 
     def _turn(self, x: Tensor, sin: Tensor) -> Tensor:
         assert self.cos is not None
-        cos, half = self.cos.unsqueeze(-2), self.cos.shape[-1]  # [T, 1, dim / 2]
-        sin = sin.unsqueeze(-2)
+        # Under autocast x is narrower than the hidden states that the tables were made for.
+        cos, sin = self.cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)  # [T, 1, dim / 2]
+        half = cos.shape[-1]
         blocks = x.unflatten(-1, (self.blocks, -1))  # [..., T, blocks, width / blocks]
         first, second, rest = blocks.split((half, half, blocks.shape[-1] - 2 * half), dim=-1)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
