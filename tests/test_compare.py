@@ -27,7 +27,7 @@ from command import Done, multimatrix
 from multimatrix.compare import figures
 from multimatrix.compare import run as compare_run
 from multimatrix.compare.progress import Progress
-from multimatrix.compare.run import _loss_columns
+from multimatrix.compare.results import loss_columns
 from multimatrix.compare.statistics import judge, summary
 from multimatrix.data import load_corpus, pack
 from multimatrix.model.modeling import MultimatrixForCausalLM
@@ -773,10 +773,10 @@ def test_out_of_memory_fails_its_run_alone(compare, tmp_path, monkeypatch):
 
 
 def test_a_diverged_loss_has_no_perplexity():
-    columns = _loss_columns([5.0, 4e6], bytes_per_token=1.0)
+    columns = loss_columns([5.0, 4e6], bytes_per_token=1.0)
     assert columns["perplexity"] is None
     assert columns["validation_loss"]["mean"] == pytest.approx(2_000_002.5)
-    assert _loss_columns([], bytes_per_token=1.0)["validation_loss"] is None
+    assert loss_columns([], bytes_per_token=1.0)["validation_loss"] is None
 
 
 # ---- progress on a terminal --------------------------------------------------------------------------------------

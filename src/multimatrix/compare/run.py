@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import os
-import platform
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from multimatrix import __version__
 from multimatrix.compare import figures, report
 from multimatrix.compare.configuration import Comparison
 from multimatrix.compare.matching import Candidate, match
-from multimatrix.compare.statistics import judge, summary
+from multimatrix.compare.results import gather_results
 from multimatrix.data import Corpus, PackedText, load_corpus, load_tokenizer, pack
+from multimatrix.environment import environment
 from multimatrix.errors import InputError
 from multimatrix.evaluate.measure import PeakMemory, counted_kv_bytes_per_token, decode_tokens_per_second
 from multimatrix.files import write_json, writing
@@ -157,7 +149,7 @@ def run_comparison(
     failures: dict[str, str] = {}
 
     def gather() -> dict[str, Any]:
-        gathered = _gather(prepared, runs, results, failures, command, settings)
+        gathered = gather_results(prepared, runs, results, failures, command, settings)
         write_json(out / "results.json", gathered)
         report.write_csv(gathered, out / "results.csv")
         figures.save_figures(gathered, out)
@@ -295,160 +287,3 @@ def _execute(prepared: Prepared, run: Run, show: Callable[[Run, dict[str, Any]],
     }
     write_json(run.directory / "result.json", result)
     return result
-
-
-def _gather(
-    prepared: Prepared,
-    runs: list[Run],
-    results: dict[str, dict[str, Any]],
-    failures: dict[str, str],
-    command: str,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    """The whole comparison as one dictionary: results.json."""
-    done = {
-        candidate.label: [run for run in runs if run.candidate is candidate and run.name in results]
-        for candidate in prepared.candidates
-    }
-    losses = {label: [results[run.name]["validation_loss"] for run in mine] for label, mine in done.items()}
-    verdicts = judge(losses, prepared.comparison.baseline)
-    rows = []
-    for candidate in prepared.candidates:
-        mine = [results[run.name] for run in done[candidate.label]]
-        rows.append(
-            candidate.row()
-            | {"seeds": [run.seed for run in done[candidate.label]]}
-            | _loss_columns(losses[candidate.label], prepared.text.validation_bytes_per_token)
-            | _measured_columns(mine)
-            | verdicts[candidate.label]
-        )
-    complete = all(run.name in results for run in runs)
-    return {
-        "title": "multimatrix compare",
-        "version": __version__,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "complete": complete,
-        "baseline": prepared.comparison.baseline,
-        "config": settings,
-        "environment": environment(prepared.device),
-        "corpus": prepared.corpus_facts(),
-        "can_show": _can_show(prepared),
-        "cannot_show": _cannot_show(prepared, verdicts),
-        "rows": rows,
-        "runs": [
-            {
-                "variant": run.candidate.label,
-                "seed": run.seed,
-                "directory": f"runs/{run.name}",
-                "status": "done" if run.name in results else "failed" if run.name in failures else "missing",
-                "reason": failures.get(run.name),
-            }
-            for run in runs
-        ],
-    }
-
-
-def _loss_columns(losses: list[float], bytes_per_token: float) -> dict[str, Any]:
-    if not losses:
-        return {"validation_loss": None, "perplexity": None, "bits_per_byte": None}
-    return {
-        "validation_loss": summary(losses),
-        # A diverged run's may be more than a float holds.
-        "perplexity": summary([math.exp(loss) for loss in losses]) if max(losses) < 700 else None,
-        "bits_per_byte": summary([loss / math.log(2) / bytes_per_token for loss in losses]),
-    }
-
-
-def _measured_columns(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Speeds as means over seeds, memory as the highest, wall time as the sum."""
-
-    def mean(name: str) -> float | None:
-        return sum(result[name] for result in results) / len(results) if results else None
-
-    peaks = [result["peak_memory_bytes"] for result in results if result["peak_memory_bytes"] is not None]
-    counted = sorted({result["kv_bytes_per_token_counted"] for result in results})
-    return {
-        # Should seeds ever differ, the largest is shown, and it will not equal the stated one.
-        "kv_bytes_per_token_counted": counted[-1] if counted else None,
-        "train_tokens_per_second": mean("train_tokens_per_second"),
-        "decode_tokens_per_second": mean("decode_tokens_per_second"),
-        "peak_memory_bytes": max(peaks) if peaks else None,
-        "wall_seconds": sum(result["wall_seconds"] for result in results) if results else None,
-    }
-
-
-def _can_show(prepared: Prepared) -> list[str]:
-    tokens = prepared.protocol.steps * prepared.protocol.tokens_per_step
-    epochs = tokens / prepared.text.train.size
-    return [
-        "what each variant caches: the bytes its spec states, and the bytes counted in a real cache",
-        "that training and decoding agree: multimatrix check runs/NAME/model in this folder prints the table",
-        f"that every variant learns: {tokens:,} tokens each, {epochs:.2f} passes over the training text",
-        "parameters, and speeds of this code on this machine",
-    ]
-
-
-def _cannot_show(prepared: Prepared, verdicts: dict[str, dict[str, Any]]) -> list[str]:
-    found = []
-    judged = [verdict for verdict in verdicts.values() if verdict["margin"] is not None]
-    if judged:
-        margin = max(verdict["margin"] for verdict in judged)
-        found.append(
-            f"a difference below its margin, here up to {margin:.3f} nats: seeds alone move the loss that "
-            "much, and it is called a tie"
-        )
-    elif len(prepared.comparison.seeds) < 2:
-        found.append("any verdict on loss: with one seed there is no spread to hold a difference against")
-    parameters, tokens = (
-        prepared.candidates[0].parameters,
-        prepared.protocol.steps * prepared.protocol.tokens_per_step,
-    )
-    if tokens < 20 * parameters:
-        found.append(
-            f"a ranking for trained models: {tokens / parameters:.1f} tokens per parameter is far from the 20 of a "
-            "compute-optimal run, and the order of variants changes with size and length"
-        )
-    if prepared.device.type == "cpu":
-        found.append("speed on a GPU: these are CPU speeds, where small caches gain little")
-    return found
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where a number came from."""
-    return {
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "multimatrix": __version__,
-        **{name: metadata.version(name) for name in ("torch", "transformers", "accelerate")},
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _commit() -> str | None:
-    """Commit of the checkout this package runs from, `+changes` where it is not clean; None outside a checkout."""
-    here = Path(__file__).parent
-    if shutil.which("git") is None:
-        return None
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    tracked = subprocess.run(
-        ["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, check=False
-    )
-    if head.returncode or tracked.returncode:
-        return None
-    changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=False)
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if sys.platform == "linux" and info.is_file():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
