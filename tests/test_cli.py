@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -219,6 +220,7 @@ def test_a_full_disk_behind_the_output():
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "multimatrix", "capacity", "--json"],
+            env=buffered(),
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -227,6 +229,23 @@ def test_a_full_disk_behind_the_output():
     assert done.returncode == 2
     assert done.stderr.startswith("multimatrix: cannot write the output: No space left on device; make room")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_has_read_enough():
+    command = [sys.executable, "-m", "multimatrix", "capacity", "--json"]
+    with subprocess.Popen(
+        command, env=buffered(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 1
+
+
+def buffered() -> dict[str, str]:
+    """The environment of a user whose Python buffers its output, as it does by default."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
 # ---- check -------------------------------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
 import math
+import os
 import sys
 from typing import Annotated, Any
 
@@ -44,12 +46,22 @@ def main() -> None:
     except InputError as error:
         print(f"multimatrix: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # `multimatrix ... | head` has read enough
+        _drop_output()
+        sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
+        _drop_output()
         place = error.filename or "the output"
         print(f"multimatrix: cannot write {place}: {error.strerror}; make room and run it again", file=sys.stderr)
         sys.exit(2)
+
+
+def _drop_output() -> None:
+    """Send what stdout still buffers nowhere: the interpreter would fail on it once more when it ends."""
+    with contextlib.suppress(OSError):  # a stdout that is no file has nothing to fail on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.callback(invoke_without_command=True)
