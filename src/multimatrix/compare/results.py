@@ -67,6 +67,7 @@ def gather_results(
 
 
 def loss_columns(losses: list[float], bytes_per_token: float) -> dict[str, Any]:
+    """Loss in nats per token, perplexity and bits per byte over seeds; None where there is none."""
     if not losses:
         return {"validation_loss": None, "perplexity": None, "bits_per_byte": None}
     return {
@@ -96,7 +97,7 @@ def _measured_columns(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _can_show(prepared: Prepared) -> list[str]:
-    tokens = prepared.protocol.steps * prepared.protocol.tokens_per_step
+    tokens = prepared.protocol.tokens
     epochs = tokens / prepared.text.train.size
     return [
         "what each variant caches: the bytes its spec states, and the bytes counted in a real cache",
@@ -117,10 +118,7 @@ def _cannot_show(prepared: Prepared, verdicts: dict[str, dict[str, Any]]) -> lis
         )
     elif len(prepared.comparison.seeds) < 2:
         found.append("any verdict on loss: with one seed there is no spread to hold a difference against")
-    parameters, tokens = (
-        prepared.candidates[0].parameters,
-        prepared.protocol.steps * prepared.protocol.tokens_per_step,
-    )
+    parameters, tokens = prepared.candidates[0].parameters, prepared.protocol.tokens
     if tokens < 20 * parameters:
         found.append(
             f"a ranking for trained models: {tokens / parameters:.1f} tokens per parameter is far from the 20 of a "

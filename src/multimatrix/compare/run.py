@@ -19,7 +19,7 @@ from multimatrix.compare.matching import Candidate, match
 from multimatrix.compare.results import gather_results
 from multimatrix.data import Corpus, PackedText, load_corpus, load_tokenizer, pack
 from multimatrix.environment import environment
-from multimatrix.errors import InputError
+from multimatrix.errors import InputError, one_line
 from multimatrix.evaluate.measure import PeakMemory, counted_kv_bytes_per_token, decode_tokens_per_second
 from multimatrix.files import write_json, writing
 from multimatrix.model.configuration import MultimatrixConfig
@@ -163,7 +163,7 @@ def run_comparison(
             try:
                 results[run.name] = _execute(prepared, run, show)
             except (RunFailed, torch.OutOfMemoryError) as error:
-                failures[run.name] = " ".join(str(error).split())
+                failures[run.name] = one_line(error)
                 say(f"{run.name} failed: {failures[run.name]}")
     except KeyboardInterrupt:
         gather()

@@ -23,10 +23,10 @@ def decode_tokens_per_second(model: MultimatrixForCausalLM, context: int, tokens
     warm_up = 2
     for step in range(tokens + warm_up):
         if step == warm_up:
-            start = _now(model.device)
+            start = now(model.device)
         logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
         ids = logits[:, -1:].argmax(-1)
-    return tokens / (_now(model.device) - start)
+    return tokens / (now(model.device) - start)
 
 
 @torch.no_grad()
@@ -64,7 +64,8 @@ class PeakMemory:
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on a clock that runs on, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -29,7 +29,6 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: MultimatrixConfig, spec: AttentionSpec, layer_idx: int) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(spec, layer_idx, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

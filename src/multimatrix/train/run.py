@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from multimatrix.data.packing import BlockDataset, PackedText
+from multimatrix.evaluate.measure import now
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.modeling import MultimatrixForCausalLM
 
@@ -46,6 +46,10 @@ class Protocol:
     def tokens_per_step(self) -> int:
         return self.batch_size * self.context
 
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
 
 @dataclass(frozen=True)
 class TrainedRun:
@@ -54,7 +58,6 @@ class TrainedRun:
     model: MultimatrixForCausalLM
     validation_loss: float
     tokens_per_second: float
-    seconds: float
 
 
 def train(
@@ -94,11 +97,9 @@ def train(
             callbacks=[recorder],
         )
         trainer.remove_callback(PrinterCallback)  # progress is ours to show
-        start = time.perf_counter()
         trainer.train()
-        seconds = time.perf_counter() - start
     assert recorder.validation_loss is not None, "the last step is always evaluated"
-    return TrainedRun(model, recorder.validation_loss, recorder.tokens_per_second, seconds)
+    return TrainedRun(model, recorder.validation_loss, recorder.tokens_per_second)
 
 
 def _arguments(protocol: Protocol, seed: int, directory: Path, device: torch.device) -> TrainingArguments:
@@ -124,7 +125,6 @@ def _arguments(protocol: Protocol, seed: int, directory: Path, device: torch.dev
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        dataloader_drop_last=False,
         dataloader_pin_memory=device.type == "cuda",
         prediction_loss_only=True,
     )
@@ -147,11 +147,11 @@ class _Recorder(TrainerCallback):
         return self._timed_steps * self.protocol.tokens_per_step / max(self._timed_seconds, 1e-9)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step_start = self._now()
+        self._step_start = now(self.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step > min(2, self.protocol.steps - 1):  # the first steps warm up
-            self._timed_seconds += self._now() - self._step_start
+            self._timed_seconds += now(self.device) - self._step_start
             self._timed_steps += 1
         if state.global_step == self.protocol.steps:
             control.should_evaluate = True
@@ -170,11 +170,6 @@ class _Recorder(TrainerCallback):
 
     def _at(self, state: Any) -> dict[str, int]:
         return {"step": state.global_step, "tokens": state.global_step * self.protocol.tokens_per_step}
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 def _check_loss(kind: str, loss: float, step: int) -> None:
