@@ -54,7 +54,7 @@ def test_python(code, tmp_path, monkeypatch):
 
 
 def test_capacity_table_is_what_the_command_prints(capsys):
-    from multimatrix.cli import _print_capacity
+    from multimatrix.cli.capacity import _print_capacity
     from multimatrix.plan.capacity import capacity_rows, load_recipe
 
     recipe = load_recipe("paper-7b")

@@ -1,0 +1,93 @@
+"""`multimatrix check`: the agreement table."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from multimatrix.cli.options import Json, Position, Sizes, refuse_beside
+from multimatrix.errors import InputError
+
+
+def check(
+    ctx: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="Folder of a saved multimatrix model.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Check a small random model of this variant instead.")] = None,
+    hidden_size: Annotated[int, typer.Option(help="H of the random model.")] = 64,
+    head_dim: Annotated[int, typer.Option(help="Head dim of MHA; the variant's sizes follow.")] = 16,
+    position: Position = "rope",
+    sizes: Sizes = None,
+    dtype: Annotated[str, typer.Option(help="float64, float32, float16 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Print the agreement table of a saved model or a variant; exit status 1 if any check fails."""
+    if (model is None) == (variant is None):
+        raise InputError("give either the folder of a saved model or --variant NAME")
+    if model is not None:
+        refuse_beside(ctx, "a saved model", "hidden_size", "head_dim", "position", "sizes")
+    import torch
+    from transformers.utils import logging
+
+    from multimatrix.attention.sizes import specs_from_labels
+    from multimatrix.evaluate import agreement
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    precisions = {str(known).removeprefix("torch."): known for known in agreement.TOLERANCES}
+    if dtype not in precisions:
+        raise InputError(f"dtype must be one of {', '.join(precisions)}; got {dtype!r}")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if variant is not None:
+        specs = specs_from_labels(
+            [variant], hidden_size=hidden_size, head_dim=head_dim, overrides=sizes or (), position=position
+        )
+        subject = agreement.random_model(specs[variant], precisions[dtype], device)
+    else:
+        assert model is not None
+        subject = agreement.load_model(model, precisions[dtype], device)
+    checks = agreement.check_model(subject)
+    failed = [row.name for row in checks if not row.passed]
+    if as_json:
+        rows = [
+            {
+                "check": c.name,
+                "error": c.error if math.isfinite(c.error) else None,
+                "tolerance": c.tolerance,
+                "passed": c.passed,
+                "detail": c.detail,
+            }
+            for c in checks
+        ]
+        about = {
+            "subject": variant or model,
+            "attention": subject.config.attention,
+            "dtype": dtype,
+            "device": device,
+        }
+        print(json.dumps({**about, "passed": not failed, "checks": rows}, indent=2))
+    else:
+        _print_checks(checks, f"{variant or model}: {dtype} on {device}")
+    if failed:
+        print(f"multimatrix: {len(failed)} of {len(checks)} checks failed: {', '.join(failed)}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _print_checks(checks: list[Any], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, title=title, title_justify="left", header_style="bold", pad_edge=False)
+    for header in ("check", "largest error", "tolerance", "verdict", "what was run"):
+        table.add_column(header, justify="right" if header in ("largest error", "tolerance") else "left")
+    for row in checks:
+        verdict = "[green]agrees[/]" if row.passed else "[bold red]DISAGREES[/]"
+        table.add_row(row.name, f"{row.error:.1e}", f"{row.tolerance:.0e}", verdict, row.detail)
+    Console().print(table)
