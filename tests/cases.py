@@ -126,6 +126,6 @@ def logits_in_chunks(
     for chunk in chunks:
         step = slice(done, done := done + chunk)
         seen = None if mask is None else mask[:, :done]
-        logits.append(model(ids[:, step], attention_mask=seen, past_key_values=cache).logits)
+        logits.append(model(ids[:, step], attention_mask=seen, cache=cache).logits)
     assert done == ids.shape[1]
     return torch.cat(logits, dim=1)

@@ -49,8 +49,8 @@ def test_autocast_caches_what_is_stated(name):
     stated = kv_bytes_per_token(model.config.layer_specs()) * ids.numel()
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=6)):
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            first = model(ids[:, :5], past_key_values=cache).logits
-            last = model(ids[:, 5:], past_key_values=cache).logits
+            first = model(ids[:, :5], cache=cache).logits
+            last = model(ids[:, 5:], cache=cache).logits
         assert first.isfinite().all()
         assert last.isfinite().all()
         assert stored_bytes(cache) == stated

@@ -29,7 +29,7 @@ def test_stated_parameters_are_built(spec):
 @every_case
 def test_stated_cache_is_stored(spec):
     cache = DynamicCache()
-    random_attention(spec)(torch.randn(2, 5, spec.hidden_size, dtype=torch.float64), past_key_values=cache)
+    random_attention(spec)(torch.randn(2, 5, spec.hidden_size, dtype=torch.float64), cache=cache)
     layer = cache.layers[0]
     stored = layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
     assert stored == 2 * 5 * spec.cache.elements * 8
@@ -40,9 +40,9 @@ def test_stated_cache_is_stored(spec):
 def test_stated_decode_flops_are_counted(spec):
     module, cache, context = random_attention(spec), DynamicCache(), 11
     x = torch.randn(1, context, spec.hidden_size, dtype=torch.float64)
-    module(x[:, :-1], past_key_values=cache)
+    module(x[:, :-1], cache=cache)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(x[:, -1:], past_key_values=cache, backend="eager")
+        module(x[:, -1:], cache=cache, backend="eager")
     assert counter.get_total_flops() == spec.decode_flops(context)
 
 

@@ -405,12 +405,12 @@ def save_half_of_the_bits(patch):
 
 def store_the_key_twice(patch):
     """What code bases do that advertise a small cache."""
-    cache = attention_module._cache
+    store = attention_module._store
 
-    def wrong(past_key_values, latents: tuple[Tensor, ...], layer_idx):
-        return cache(past_key_values, (latents[0], latents[0].clone()), layer_idx)[:1]
+    def wrong(cache, latents: tuple[Tensor, ...], layer_idx):
+        return store(cache, (latents[0], latents[0].clone()), layer_idx)[:1]
 
-    patch.setattr(attention_module, "_cache", wrong)
+    patch.setattr(attention_module, "_store", wrong)
 
 
 def state_less_than_is_stored(patch):

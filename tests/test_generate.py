@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 from cases import DECODERS, padded, random_ids, random_model
 from multimatrix.evaluate.cache_bytes import stored_bytes
+from multimatrix.model.modeling import CACHE
 from multimatrix.plan.numbers import kv_bytes_per_token
 
 NEW = 6
@@ -83,11 +84,11 @@ def test_a_second_turn_continues_the_cache_of_the_first(specs):
     model = random_model(specs)
     cache = DynamicCache(config=model.config)
     ids = random_ids(2, 5)
-    answer = generate(model, ids, past_key_values=cache)
+    answer = generate(model, ids, **{CACHE: cache})
     # The last token was never fed back.
     assert stored_bytes(cache) == 2 * (5 + NEW - 1) * kv_bytes_per_token(specs, bits=64)
     conversation = torch.cat((ids, answer, random_ids(2, 3)), dim=1)
-    assert torch.equal(generate(model, conversation, past_key_values=cache), greedy(model, conversation))
+    assert torch.equal(generate(model, conversation, **{CACHE: cache}), greedy(model, conversation))
 
 
 @every_decoder

@@ -51,7 +51,7 @@ def test_decoding_and_chunked_prefill(spec, chunks, backend):
     cache = DynamicCache()
     with torch.no_grad():
         expected = torch.stack([reference_attention(spec, weights, sequence) for sequence in x])
-        pieces = [module(chunk, past_key_values=cache, backend=backend) for chunk in x.split(chunks, dim=1)]
+        pieces = [module(chunk, cache=cache, backend=backend) for chunk in x.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, **TIGHT)
 
 

@@ -55,25 +55,25 @@ class Attention(nn.Module):
         *,
         rotary: RotaryTables | None = None,
         mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         backend: str = "auto",
     ) -> Tensor:
         """x [B, T, H] -> [B, T, H], causal.
 
         rotary: tables of this step. mask: what the new tokens see, as in `ops.attend.attend`; None where they see
         every slot up to their own: the first T tokens, or one token over slots that are all filled. Where a layer is
-        used by itself, without `rotary`, both are made here, at theta 10,000. past_key_values: what was cached
+        used by itself, without `rotary`, both are made here, at theta 10,000. cache: what was cached
         before; it takes the new latents.
         """
         spec, tokens = self.spec, x.shape[1]
         alone = rotary is None
         if rotary is None:
-            seen = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
+            seen = cache.get_seq_length(self.layer_idx) if cache is not None else 0
             rotary = RotaryTables(seen + torch.arange(tokens, device=x.device), x.dtype)
         rope = rotary.new(spec)
         q, latents = spec.project(self, x, rope)
-        if past_key_values is not None:
-            latents = _cache(past_key_values, latents, self.layer_idx)
+        if cache is not None:
+            latents = _store(cache, latents, self.layer_idx)
             if alone and mask is None:
                 slots = torch.arange(latents[0].shape[2], device=x.device)
                 mask = (slots <= rotary.positions[:, None])[None, None]  # [1, 1, T, S]
@@ -135,10 +135,10 @@ class RotaryTables:
         return self._tables[key]
 
 
-def _cache(past_key_values: Cache, latents: tuple[Tensor, ...], layer_idx: int) -> tuple[Tensor, ...]:
+def _store(cache: Cache, latents: tuple[Tensor, ...], layer_idx: int) -> tuple[Tensor, ...]:
     """Store the new latents; everything cached so far comes back, one tensor for key-only variants."""
     key = latents[0]
     # A cache layer stores two tensors; one of width zero takes no memory.
     value = latents[1] if len(latents) == 2 else key[..., :0]
-    keys, values = past_key_values.update(key, value, layer_idx)
+    keys, values = cache.update(key, value, layer_idx)
     return (keys, values) if len(latents) == 2 else (keys,)

@@ -193,7 +193,7 @@ def _stated_and_stored(model: MultimatrixForCausalLM, ids: Tensor) -> Check:
     static = StaticCache(config=model.config, max_cache_len=TOKENS)
     counted = []
     for cache in (dynamic, static):
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
         counted.append(stored_bytes(cache) / ids.numel())
     error = max(abs(count - stated) for count in counted)
     detail = f"stated {stated:,} bytes a token, stored {counted[0]:,.0f} dynamic and {counted[1]:,.0f} static"
@@ -226,7 +226,7 @@ def _run(
         for chunk in ids.split(chunks, dim=1):
             done += chunk.shape[1]
             seen = mask[:, :done] if mask is not None else None
-            yield model(chunk, past_key_values=cache, attention_mask=seen).logits
+            yield model(chunk, cache=cache, attention_mask=seen).logits
 
     return torch.cat(list(steps()), dim=1)
 

@@ -24,7 +24,7 @@ def decode_tokens_per_second(model: MultimatrixForCausalLM, context: int, tokens
     for step in range(tokens + warm_up):
         if step == warm_up:
             start = now(model.device)
-        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(ids, cache=cache, logits_to_keep=1).logits
         ids = logits[:, -1:].argmax(-1)
     return tokens / (now(model.device) - start)
 
@@ -33,7 +33,7 @@ def decode_tokens_per_second(model: MultimatrixForCausalLM, context: int, tokens
 def counted_kv_bytes_per_token(model: MultimatrixForCausalLM, tokens: int) -> float:
     """Bytes per token in the storage of a real dynamic cache, in the model's dtype."""
     cache = DynamicCache(config=model.config)
-    model.eval()(torch.zeros(1, tokens, dtype=torch.long, device=model.device), past_key_values=cache)
+    model.eval()(torch.zeros(1, tokens, dtype=torch.long, device=model.device), cache=cache)
     return stored_bytes(cache) / tokens
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ from multimatrix.attention.module import Attention, RMSNorm, RotaryTables
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.feed_forward import SwiGLU
 
+# What transformers calls the cache, in outputs and in its own functions: "past_key_values" before 5.24.
+CACHE = (
+    "cache" if "cache" in {field.name for field in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
+)
+
 
 class DecoderLayer(GradientCheckpointingLayer):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
@@ -43,14 +49,14 @@ class DecoderLayer(GradientCheckpointingLayer):
         x: Tensor,
         rotary: RotaryTables,
         mask: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         backend: str,
     ) -> Tensor:
         x = x + self.self_attn(
             self.input_layernorm(x),
             rotary=rotary,
             mask=mask,
-            past_key_values=past_key_values,
+            cache=cache,
             backend=backend,
         )
         return x + self.mlp(self.post_attention_layernorm(x))  # [B, T, H]
@@ -64,7 +70,7 @@ class MultimatrixPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": DecoderLayer}  # noqa: RUF012
@@ -107,12 +113,14 @@ class MultimatrixModel(MultimatrixPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T] or inputs_embeds [B, T, H] -> last_hidden_state [B, T, H].
 
         attention_mask: [B, S], 1 for tokens and 0 for padding on either side, cached tokens included.
-        past_key_values: a transformers `Cache` of any length; it takes the new tokens.
+        cache, or past_key_values as it was called before transformers 5.24: a `Cache` of any length; it takes the new
+        tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -122,11 +130,12 @@ class MultimatrixModel(MultimatrixPreTrainedModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = _one_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
         x = inputs_embeds  # [B, T, H]
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        seen = cache.get_seq_length() if cache is not None else 0
         # Positions are slots: rotations are relative, so left padding needs nothing more.
         positions = torch.arange(x.shape[1], device=x.device) + seen  # [T]
         rotary = RotaryTables(positions, x.dtype, self.config.rope_theta)
@@ -134,13 +143,13 @@ class MultimatrixModel(MultimatrixPreTrainedModel):
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
         )
         # "sdpa" is what transformers sets where nobody chose.
         backend = "eager" if self.config._attn_implementation == "eager" else "auto"
         for layer in self.layers:
-            x = layer(x, rotary, mask, past_key_values=past_key_values, backend=backend)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+            x = layer(x, rotary, mask, cache=cache, backend=backend)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
 
 
 class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
@@ -165,6 +174,7 @@ class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Like `MultimatrixModel.forward`, and logits [B, T, vocab_size].
@@ -178,6 +188,7 @@ class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -188,9 +199,16 @@ class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: outputs.get(CACHE)},
         )
+
+
+def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache under either of its names."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+    return cache if cache is not None else past_key_values
 
 
 AutoModel.register(MultimatrixConfig, MultimatrixModel)
