@@ -356,8 +356,8 @@ def test_a_full_disk_under_check(monkeypatch):
 def turn_twice_as_far(patch):
     at = Rotation.at.__func__
 
-    def wrong(cls, positions, dim, theta, dtype, blocks=1):
-        return at(cls, 2 * positions, dim, theta, dtype, blocks)
+    def wrong(cls, positions, dim, parameters, dtype, blocks=1):
+        return at(cls, 2 * positions, dim, parameters, dtype, blocks)
 
     patch.setattr(Rotation, "at", classmethod(wrong))
 
@@ -369,8 +369,8 @@ def forget_the_value_map(patch):
 def restart_positions_in_chunks(patch):
     init = attention_module.RotaryTables.__init__
 
-    def wrong(self, positions, dtype, theta=10_000.0):
-        init(self, positions - positions[0] if len(positions) > 1 else positions, dtype, theta)
+    def wrong(self, positions, dtype, parameters=None):
+        init(self, positions - positions[0] if len(positions) > 1 else positions, dtype, parameters)
 
     patch.setattr(attention_module.RotaryTables, "__init__", wrong)
 

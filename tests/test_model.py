@@ -23,7 +23,7 @@ from multimatrix.attention import make_spec
 from multimatrix.errors import InputError
 from multimatrix.evaluate.cache_bytes import stored_bytes
 from multimatrix.model.modeling import DecoderLayer
-from multimatrix.ops.rotary import Rotation
+from multimatrix.ops.rotary import RopeParameters, Rotation
 from multimatrix.plan.numbers import decoder_parameters, kv_bytes_per_token, match_intermediate_size
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
@@ -126,7 +126,7 @@ def test_half_precision_is_near_float32(specs, dtype, tolerance):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_turns_far_tokens_right(dtype):
     far = torch.tensor([4001, 32_001])  # neither is a bfloat16, and the second is not a float16
-    half, exact = (Rotation.at(far, 8, 10_000.0, precision) for precision in (dtype, torch.float64))
+    half, exact = (Rotation.at(far, 8, RopeParameters(), precision) for precision in (dtype, torch.float64))
     for table, expected in ((half.cos, exact.cos), (half.sin, exact.sin)):
         assert (table.double() - expected).abs().max() < torch.finfo(dtype).eps + 3e-3
 
@@ -148,7 +148,11 @@ def test_inputs_that_cannot_be_honoured_are_refused():
     ids = random_ids(1, 3)
     # Ignored, packed rows would see each other.
     with pytest.raises(ValueError, match="position_ids"):
-        model(ids, position_ids=torch.tensor([[0, 1, 0]]))
+        model(ids, cu_seq_lens_q=torch.tensor([0, 2, 3]))
+    with pytest.raises(ValueError, match="row 0 goes from 1 to 4 at token 2"):
+        model(ids, position_ids=torch.tensor([[0, 1, 4]]))
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
     for inputs in ({}, {"input_ids": ids, "inputs_embeds": model.get_input_embeddings()(ids)}):
         with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
             model(**inputs)
@@ -271,7 +275,7 @@ def test_config_survives_json(specs, tmp_path):
     assert isinstance(loaded, MultimatrixConfig)
     assert loaded.to_json_string() == config.to_json_string()
     assert loaded.layer_specs() == list(specs)
-    assert loaded.rope_theta == 5e5
+    assert loaded.rope == RopeParameters(rope_theta=5e5)
 
 
 def test_rope_theta_is_taken_in_both_spellings_of_transformers():
@@ -310,7 +314,12 @@ MHA = {"variant": "mha", "num_heads": 4, "head_dim": 8}
         ({"attention": {"variant": "mfa", "num_heads": 4, "head_dim": 0, "query_rank": 8}}, "head_dim .* got 0"),
         ({"attention": {"variant": "mfa", "num_heads": 4, "head_dim": 8, "query_rank": 0}}, "query_rank .* got 0"),
         ({"num_hidden_layers": 0}, "num_hidden_layers .* got 0"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "default, linear, yarn; got 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "linear need factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor must be at least 1, got 0.5"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "yarn have no 'mscale'; they are"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "beta_fast": 1}}, "above beta_slow, got 1 and 1.0"),
+        ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta must be a positive number, got -1.0"),
     ],
 )
 def test_bad_configs_are_refused_in_words(changes, message):

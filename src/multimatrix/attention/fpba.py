@@ -49,7 +49,12 @@ class FPBASpec(AttentionSpec):
     @property
     def weights(self) -> tuple[Weight, ...]:
         square = (self.hidden_size * self.hidden_size, self.hidden_size)
-        return (Weight("k_proj", square), Weight("v_proj", square))
+        return (Weight("k_proj", square, heads="out"), Weight("v_proj", square, heads="out"))
+
+    @property
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        # Each process sums over its own heads.
+        return {**super().tensor_parallel_plan, "": "all_reduce"}
 
     @property
     def cache(self) -> CacheLayout:
@@ -64,9 +69,9 @@ class FPBASpec(AttentionSpec):
         return self.hidden_size, self.hidden_size
 
     def project(self, w: Attention, x: Tensor, rope: Rotation) -> tuple[Tensor, tuple[Tensor, ...]]:
-        q = rope(x.unsqueeze(1)).expand(-1, self.num_heads, -1, -1)  # [B, N, T, H]
-        k = split_heads(w.k_proj(x), self.num_heads)  # [B, N, T, H]
-        v = split_heads(w.v_proj(x), self.num_heads)  # [B, N, T, H]
+        k = split_heads(w.k_proj(x), self.hidden_size)  # [B, N, T, H]
+        v = split_heads(w.v_proj(x), self.hidden_size)  # [B, N, T, H]
+        q = rope(x.unsqueeze(1)).expand(-1, k.shape[1], -1, -1)  # [B, N, T, H]
         return q, (rope(k), v)
 
     def emit(self, w: Attention, o: Tensor) -> Tensor:

@@ -53,11 +53,16 @@ ValueSource = Literal["own", "key", "slice", "unrotated"]
 
 @dataclass(frozen=True)
 class Weight:
-    """One learned tensor: a "linear" map [out, in] without bias, a "norm" scale [dim] or a "gate" [dim]."""
+    """One learned tensor: a "linear" map [out, in] without bias, a "norm" scale [dim] or a "gate" [dim].
+
+    heads: the axis that is made of heads one after the other, "out" or "in"; None where all heads share the tensor.
+    Tensor parallelism cuts that axis and replicates the rest.
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: Literal["linear", "norm", "gate"] = "linear"
+    heads: Literal["out", "in"] | None = None
 
     @property
     def elements(self) -> int:
@@ -194,6 +199,26 @@ class AttentionSpec(ABC):
         """Width of the vectors that RoPE turns; `rotary_dim` leading elements of each are turned."""
         return self.head_dims[0]
 
+    @property
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        """Weight -> transformers' parallel style; "" is the layer itself, and what is not named is replicated."""
+        styles = {"out": "colwise", "in": "rowwise"}
+        return {weight.name: styles[weight.heads] for weight in self.weights if weight.heads}
+
+    def check_tensor_parallel(self, processes: int) -> None:
+        """InputError where the heads cannot be shared out evenly to so many processes."""
+        if self.num_heads % processes:
+            raise InputError(
+                f"{self.variant}: {self.num_heads} heads cannot be shared out to {processes} processes of tensor "
+                "parallelism; their number must divide the heads"
+            )
+        groups = self.cache.key[0]
+        if groups > 1 and groups % processes:
+            raise InputError(
+                f"{self.variant}: {groups} key heads cannot be shared out to {processes} processes of tensor "
+                "parallelism; their number must divide the key heads, only a single key head is replicated"
+            )
+
     def validate(self) -> None:  # noqa: B027
         """Raise InputError where the variant's own sizes cannot work together."""
 
@@ -310,9 +335,21 @@ class AttentionSpec(ABC):
         return {"variant": self.variant, **fields}
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, T, heads * dim] -> [B, heads, T, dim]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+def split_heads(x: Tensor, dim: int) -> Tensor:
+    """[B, T, heads * dim] -> [B, heads, T, dim], with as many heads as this process holds."""
+    return x.unflatten(-1, (-1, dim)).transpose(1, 2)
+
+
+def linear_weight(linear: Any) -> Tensor:
+    """The matrix [out, in] that a linear layer applies, also where an adapter, a quantized weight or tensor
+    parallelism stands between its `weight` and the product."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    if type(linear) is torch.nn.Linear and not isinstance(linear.weight, DTensor):
+        return linear.weight
+    identity = torch.eye(linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)
+    return linear(identity).T
 
 
 def head_matrices(weight: Tensor, heads: int) -> Tensor:

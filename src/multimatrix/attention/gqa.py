@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from multimatrix.attention.gmha import (
     AttentionSpec,
@@ -59,11 +59,12 @@ class GQASpec(AttentionSpec):
     @property
     def weights(self) -> tuple[Weight, ...]:
         query, shared = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        key_heads: Literal["out"] | None = "out" if self.num_kv_heads > 1 else None
         return (
-            Weight("q_proj", (query, self.hidden_size)),
-            Weight("k_proj", (shared, self.hidden_size)),
-            Weight("v_proj", (shared, self.hidden_size)),
-            Weight("o_proj", (self.hidden_size, query)),
+            Weight("q_proj", (query, self.hidden_size), heads="out"),
+            Weight("k_proj", (shared, self.hidden_size), heads=key_heads),
+            Weight("v_proj", (shared, self.hidden_size), heads=key_heads),
+            Weight("o_proj", (self.hidden_size, query), heads="in"),
         )
 
     @property
@@ -79,9 +80,9 @@ class GQASpec(AttentionSpec):
         return self.head_dim, self.head_dim
 
     def project(self, w: Attention, x: Tensor, rope: Rotation) -> tuple[Tensor, tuple[Tensor, ...]]:
-        q = split_heads(w.q_proj(x), self.num_heads)  # [B, N, T, D]
-        k = split_heads(w.k_proj(x), self.num_kv_heads)  # [B, G, T, D]
-        v = split_heads(w.v_proj(x), self.num_kv_heads)  # [B, G, T, D]
+        q = split_heads(w.q_proj(x), self.head_dim)  # [B, N, T, D]
+        k = split_heads(w.k_proj(x), self.head_dim)  # [B, G, T, D]
+        v = split_heads(w.v_proj(x), self.head_dim)  # [B, G, T, D]
         return rope(q), (rope(k), v)
 
     def circuits(self, w: Mapping[str, Tensor], x: Tensor) -> Circuits:

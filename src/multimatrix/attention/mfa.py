@@ -76,7 +76,7 @@ class MFASpec(AttentionSpec):
         return (
             Weight("q_a_proj", (self.query_rank, self.hidden_size)),
             *norm,
-            Weight("q_b_proj", (self.num_heads * self.head_dim, self.query_rank)),
+            Weight("q_b_proj", (self.num_heads * self.head_dim, self.query_rank), heads="out"),
         )
 
     @property
@@ -85,7 +85,7 @@ class MFASpec(AttentionSpec):
             *self.query_weights,
             Weight("k_proj", (self.head_dim, self.hidden_size)),
             Weight("v_proj", (self.head_dim, self.hidden_size)),
-            Weight("o_proj", (self.hidden_size, self.num_heads * self.head_dim)),
+            Weight("o_proj", (self.hidden_size, self.num_heads * self.head_dim), heads="in"),
         )
 
     @property
@@ -113,7 +113,7 @@ class MFASpec(AttentionSpec):
         latent = w.q_a_proj(x)  # [B, T, R]
         if self.query_norm:
             latent = w.q_a_norm(latent)
-        return split_heads(w.q_b_proj(latent * self.latent_scale(self.query_rank)), self.num_heads)
+        return split_heads(w.q_b_proj(latent * self.latent_scale(self.query_rank)), self.head_dim)
 
     def project(self, w: Attention, x: Tensor, rope: Rotation) -> tuple[Tensor, tuple[Tensor, ...]]:
         k = w.k_proj(x).unsqueeze(1)  # [B, 1, T, C]

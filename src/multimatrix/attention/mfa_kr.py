@@ -69,7 +69,7 @@ class MFAKRSpec(MFASpec):
             Weight("k_proj", (dim, self.hidden_size)),
             *projection,
             *gate,
-            Weight("o_proj", (self.hidden_size, self.num_heads * dim)),
+            Weight("o_proj", (self.hidden_size, self.num_heads * dim), heads="in"),
         )
 
     @property

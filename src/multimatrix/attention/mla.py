@@ -22,6 +22,7 @@ from multimatrix.attention.gmha import (
     Capacity,
     Weight,
     head_matrices,
+    linear_weight,
     output_matrices,
     split_heads,
 )
@@ -70,19 +71,19 @@ class MLASpec(AttentionSpec):
     def weights(self) -> tuple[Weight, ...]:
         hidden, query = self.hidden_size, self.num_heads * (self.head_dim + self.rope_head_dim)
         if self.query_rank is None:
-            query_weights: tuple[Weight, ...] = (Weight("q_proj", (query, hidden)),)
+            query_weights: tuple[Weight, ...] = (Weight("q_proj", (query, hidden), heads="out"),)
         else:
             query_weights = (
                 Weight("q_a_proj", (self.query_rank, hidden)),
                 Weight("q_a_norm", (self.query_rank,), "norm"),
-                Weight("q_b_proj", (query, self.query_rank)),
+                Weight("q_b_proj", (query, self.query_rank), heads="out"),
             )
         return (
             *query_weights,
             Weight("kv_a_proj", (self.latent_dim + self.rope_head_dim, hidden)),
             Weight("kv_a_norm", (self.latent_dim,), "norm"),
-            Weight("kv_b_proj", (self.num_heads * (self.head_dim + self.value_dim), self.latent_dim)),
-            Weight("o_proj", (hidden, self.num_heads * self.value_dim)),
+            Weight("kv_b_proj", (self.num_heads * (self.head_dim + self.value_dim), self.latent_dim), heads="out"),
+            Weight("o_proj", (hidden, self.num_heads * self.value_dim), heads="in"),
         )
 
     @property
@@ -116,7 +117,9 @@ class MLASpec(AttentionSpec):
             q = w.q_proj(x)
         else:
             q = w.q_b_proj(w.q_a_norm(w.q_a_proj(x)) * self.latent_scale(self.query_rank))
-        q_nope, q_rope = split_heads(q, self.num_heads).split((self.head_dim, self.rope_head_dim), dim=-1)
+        q_nope, q_rope = split_heads(q, self.head_dim + self.rope_head_dim).split(
+            (self.head_dim, self.rope_head_dim), dim=-1
+        )
         latent, k_rope = w.kv_a_proj(x).unsqueeze(1).split((self.latent_dim, self.rope_head_dim), dim=-1)
         latent = w.kv_a_norm(latent) * self.latent_scale(self.latent_dim)  # [B, 1, T, C]
         return (
@@ -128,24 +131,25 @@ class MLASpec(AttentionSpec):
         import torch
 
         latent, k_rope = latents[0].split((self.latent_dim, self.rope_head_dim), dim=-1)
-        kv = split_heads(w.kv_b_proj(latent.squeeze(1)), self.num_heads)  # [B, N, T, head_dim + V]
+        kv = split_heads(w.kv_b_proj(latent.squeeze(1)), self.head_dim + self.value_dim)  # [B, N, T, head_dim + V]
         k_nope, v = kv.split((self.head_dim, self.value_dim), dim=-1)
-        return torch.cat((k_nope, k_rope.expand(-1, self.num_heads, -1, -1)), dim=-1), v
+        return torch.cat((k_nope, k_rope.expand(-1, kv.shape[1], -1, -1)), dim=-1), v
 
     def absorb(self, w: Attention, q: Tensor) -> Tensor:
         import torch
 
         q_nope, q_rope = q.split((self.head_dim, self.rope_head_dim), dim=-1)
-        key_up, _ = self._up_projections(w.kv_b_proj.weight)
+        key_up, _ = self._up_projections(linear_weight(w.kv_b_proj))
         return torch.cat((q_nope @ key_up.transpose(1, 2), q_rope), dim=-1)  # [B, N, T, C + E]
 
     def restore(self, w: Attention, o: Tensor, rope: Rotation) -> Tensor:
-        _, value_up = self._up_projections(w.kv_b_proj.weight)
+        _, value_up = self._up_projections(linear_weight(w.kv_b_proj))
         return o @ value_up  # [B, N, T, V]
 
     def _up_projections(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """K_c [N, C, head_dim] and V_c [N, C, V] out of kv_b_proj."""
-        key_up, value_up = head_matrices(weight, self.num_heads).split((self.head_dim, self.value_dim), dim=-1)
+        heads = weight.shape[0] // (self.head_dim + self.value_dim)
+        key_up, value_up = head_matrices(weight, heads).split((self.head_dim, self.value_dim), dim=-1)
         return key_up, value_up
 
     def circuits(self, w: Mapping[str, Tensor], x: Tensor) -> Circuits:

@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import cache_utils
 
 from multimatrix.attention.gmha import AttentionSpec
+from multimatrix.ops.alibi import alibi_slopes
 from multimatrix.ops.attend import attend
-from multimatrix.ops.rotary import Rotation
+from multimatrix.ops.rotary import RopeParameters, Rotation
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
+
+# The base of all quantized layers, which was the group-wise one before FP8 came.
+QuantizedLayer = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -82,9 +87,9 @@ class Attention(nn.Module):
             latents = tuple(latent[:, :, :tokens] for latent in latents)
         run = functools.partial(
             attend,
-            scale=spec.scale,
+            scale=spec.scale * (rotary.parameters.score_factor if spec.rope_dim else 1.0),
             mask=mask,
-            alibi=spec.position == "alibi",
+            slopes=self._slopes(q.shape[1]) if spec.position == "alibi" else None,
             query_positions=rotary.positions,
             backend=backend,
         )
@@ -106,17 +111,25 @@ class Attention(nn.Module):
             o = spec.restore(self, o, rope)
         return spec.emit(self, o)
 
+    def _slopes(self, heads: int) -> list[float]:
+        """ALiBi's slopes of the heads that this process holds, under tensor parallelism a part of all."""
+        slopes = alibi_slopes(self.spec.num_heads)
+        if heads == len(slopes):
+            return slopes
+        rank = getattr(self, self.spec.output_weight).weight.device_mesh.get_local_rank()
+        return slopes[rank * heads : (rank + 1) * heads]
+
 
 class RotaryTables:
     """Rotations at the new tokens and at the cached slots of one step, made once for all layers that share them.
 
-    positions: slot numbers of the new tokens [T]. dtype: of the hidden states. theta: RoPE base.
+    positions: slot numbers of the new tokens [T]. dtype: of the hidden states. parameters: RoPE's frequencies.
     """
 
-    def __init__(self, positions: Tensor, dtype: torch.dtype, theta: float = 10_000.0) -> None:
+    def __init__(self, positions: Tensor, dtype: torch.dtype, parameters: RopeParameters | None = None) -> None:
         self.positions = positions
         self.dtype = dtype
-        self.theta = theta
+        self.parameters = parameters if parameters is not None else RopeParameters()
         self._tables: dict[tuple[int, int, int], Rotation] = {}
 
     def new(self, spec: AttentionSpec) -> Rotation:
@@ -131,14 +144,18 @@ class RotaryTables:
         key = (spec.rope_dim, spec.rope_blocks, slots)
         if key not in self._tables:
             positions = torch.arange(slots, device=self.positions.device) if slots else self.positions
-            self._tables[key] = Rotation.at(positions, spec.rope_dim, self.theta, self.dtype, spec.rope_blocks)
+            self._tables[key] = Rotation.at(positions, spec.rope_dim, self.parameters, self.dtype, spec.rope_blocks)
         return self._tables[key]
 
 
 def _store(cache: Cache, latents: tuple[Tensor, ...], layer_idx: int) -> tuple[Tensor, ...]:
     """Store the new latents; everything cached so far comes back, one tensor for key-only variants."""
-    key = latents[0]
+    if len(latents) == 2:
+        return cache.update(*latents, layer_idx)
     # A cache layer stores two tensors; one of width zero takes no memory.
-    value = latents[1] if len(latents) == 2 else key[..., :0]
-    keys, values = cache.update(key, value, layer_idx)
-    return (keys, values) if len(latents) == 2 else (keys,)
+    width = latents[0].shape[-1]
+    if layer_idx < len(cache.layers) and isinstance(cache.layers[layer_idx], QuantizedLayer):
+        # It cannot quantize nothing, and copies at every step anyway.
+        width -= width // 2
+    keys, values = cache.update(latents[0][..., :width], latents[0][..., width:], layer_idx)
+    return (keys,) if values.shape[-1] == 0 else (torch.cat((keys, values), dim=-1),)

@@ -123,7 +123,7 @@ def _oracle(model: MultimatrixForCausalLM, ids: Tensor) -> Check:
     errors = []
     for module, x, output in seen:
         weights = {name.removesuffix(".weight"): p.cpu().double() for name, p in module.named_parameters()}
-        expected = reference_attention(module.spec, weights, x.cpu().double(), theta=model.config.rope_theta)
+        expected = reference_attention(module.spec, weights, x.cpu().double(), rope=model.config.rope)
         errors.append(_relative(output, expected))
     return _check(model, "oracle", max(errors), f"{len(seen)} attention layers against float64 equations")
 

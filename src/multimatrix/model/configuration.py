@@ -10,6 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from multimatrix.attention import AttentionSpec, make_spec
 from multimatrix.errors import InputError
+from multimatrix.ops.rotary import RopeParameters
 
 
 @strict
@@ -18,7 +19,8 @@ class MultimatrixConfig(PreTrainedConfig):
     attention: the sizes of the attention variant, `{"variant": "mfa", "num_heads": 18, "head_dim": 256,
         "query_rank": 256}`, or a list with one such entry per layer (a hybrid). The field names are those of the
         variant's spec. None: MHA with heads of 64.
-    rope_parameters: `{"rope_type": "default", "rope_theta": 10000.0}`.
+    rope_parameters: `{"rope_type": "default", "rope_theta": 10000.0}`, or of type "linear" or "yarn", see
+        `ops.rotary.RopeParameters`.
     depth_scaled_init: divide the initial std of layer l's second feed-forward matrix by sqrt(2 l), l = 1..L, as
         the MFA paper does.
     zero_init_output: start every layer's attention output at zero (`output_weight` of its spec), for every variant.
@@ -53,6 +55,7 @@ class MultimatrixConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.attention is None:
             self.attention = {"variant": "mha", "num_heads": max(1, self.hidden_size // 64), "head_dim": 64}
+        self.base_model_tp_plan = self._parallel_plan()
         super().__post_init__(**kwargs)
         for name in (
             "vocab_size",
@@ -66,9 +69,7 @@ class MultimatrixConfig(PreTrainedConfig):
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
         if not 0 < self.initializer_range <= 1:
             raise InputError(f"initializer_range must be above 0 and at most 1, got {self.initializer_range}")
-        scaling = (self.rope_parameters or {}).get("rope_type", "default")
-        if scaling != "default":
-            raise InputError(f"rope_type {scaling!r} is not supported yet; use 'default'")
+        _ = self.rope  # raises where its parameters cannot work
         self.layer_specs()
 
     def layer_specs(self) -> list[AttentionSpec]:
@@ -87,10 +88,35 @@ class MultimatrixConfig(PreTrainedConfig):
         return [make_spec(self.hidden_size, sizes) for sizes in self.attention]
 
     @property
-    def rope_theta(self) -> float:
-        """Base of the rotary frequencies."""
-        assert self.rope_parameters is not None
-        return float(self.rope_parameters.get("rope_theta", 10_000.0))
+    def rope(self) -> RopeParameters:
+        """The rotary frequencies."""
+        return RopeParameters.from_dict(self.rope_parameters)
+
+    def check_tensor_parallel(self, processes: int) -> None:
+        """InputError where the layers cannot be shared out to so many processes."""
+        if processes == 1:
+            return
+        plan = self._parallel_plan()
+        for spec in self.layer_specs():
+            spec.check_tensor_parallel(processes)
+            for weight in spec.weights:
+                # A plan holds one rule for the weights of one name in all layers.
+                rule = plan.get(f"layers.*.self_attn.{weight.name}")
+                if rule != spec.tensor_parallel_plan.get(weight.name):
+                    raise InputError(
+                        f"tensor parallelism cuts {weight.name} in all layers or in none, and here layers with one key "
+                        f"head ({spec.variant}, for example) stand beside layers with several; use one process"
+                    )
+
+    def _parallel_plan(self) -> dict[str, str]:
+        """transformers' tensor-parallel plan: heads and feed-forward width are cut, what heads share is replicated."""
+        plan = {f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")} | {
+            "layers.*.mlp.down_proj": "rowwise"
+        }
+        for spec in self.layer_specs():
+            for weight, style in spec.tensor_parallel_plan.items():
+                plan[f"layers.*.self_attn.{weight}".rstrip(".")] = style
+        return plan
 
 
 AutoConfig.register(MultimatrixConfig.model_type, MultimatrixConfig)

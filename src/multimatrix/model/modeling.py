@@ -23,6 +23,7 @@ from multimatrix.attention.gmha import AttentionSpec
 from multimatrix.attention.module import Attention, RMSNorm, RotaryTables
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.feed_forward import SwiGLU
+from multimatrix.model.masks import within_documents
 
 # What transformers calls the cache, in outputs and in its own functions: "past_key_values" before 5.24.
 CACHE = (
@@ -96,6 +97,9 @@ class MultimatrixModel(MultimatrixPreTrainedModel):
 
     def __init__(self, config: MultimatrixConfig) -> None:
         super().__init__(config)
+        distributed = getattr(config, "distributed_config", None)
+        self.tensor_parallel_processes = distributed.tp_size or 1 if distributed is not None else 1
+        config.check_tensor_parallel(self.tensor_parallel_processes)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, spec, layer_idx) for layer_idx, spec in enumerate(config.layer_specs())
@@ -114,23 +118,31 @@ class MultimatrixModel(MultimatrixPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T] or inputs_embeds [B, T, H] -> last_hidden_state [B, T, H].
 
-        attention_mask: [B, S], 1 for tokens and 0 for padding on either side, cached tokens included.
+        attention_mask: [B, S], 1 for tokens and 0 for padding on either side, cached tokens included. position_ids:
+        [B or 1, T], for rows that hold several documents: a document starts at 0 and sees only itself, see
+        `masks.within_documents`; a mask of four axes is taken as it is.
         cache, or past_key_values as it was called before transformers 5.24: a `Cache` of any length; it takes the new
         tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if kwargs.get("position_ids") is not None:
+        if self.training and self.tensor_parallel_processes > 1:
             raise ValueError(
-                "positions are cache slots, so position_ids and packed rows are not supported; leave them out"
+                "tensor parallelism is for inference: each process would give the shared key head only its own heads' "
+                "gradient; train with FSDP"
             )
+        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError("documents are told apart by position_ids; give them beside cu_seq_lens_q")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         cache = _one_cache(cache, past_key_values)
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError("a layer that is run again in the backward pass would cache twice; leave the cache out")
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
@@ -138,13 +150,16 @@ class MultimatrixModel(MultimatrixPreTrainedModel):
         seen = cache.get_seq_length() if cache is not None else 0
         # Positions are slots: rotations are relative, so left padding needs nothing more.
         positions = torch.arange(x.shape[1], device=x.device) + seen  # [T]
-        rotary = RotaryTables(positions, x.dtype, self.config.rope_theta)
+        rotary = RotaryTables(positions, x.dtype, self.config.rope)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
             **{CACHE: cache},
         )
+        if position_ids is not None and (attention_mask is None or attention_mask.dim() == 2):
+            slots = cache.get_mask_sizes(x.shape[1], 0)[0] if cache is not None else x.shape[1]
+            mask = within_documents(mask, position_ids, attention_mask, positions, slots)
         # "sdpa" is what transformers sets where nobody chose.
         backend = "eager" if self.config._attn_implementation == "eager" else "auto"
         for layer in self.layers:
@@ -155,6 +170,7 @@ class MultimatrixModel(MultimatrixPreTrainedModel):
 class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
     """The decoder with a language-modelling head."""
 
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: MultimatrixConfig) -> None:
@@ -175,6 +191,7 @@ class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Like `MultimatrixModel.forward`, and logits [B, T, vocab_size].
@@ -189,6 +206,7 @@ class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cache=cache,
+            position_ids=position_ids,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ def alibi_slopes(heads: int) -> list[float]:
     return slopes + between[: heads - power]
 
 
-def alibi_bias(heads: int, query_positions: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores, [N, T, S]; query_positions [T] are slot numbers."""
-    slopes = torch.tensor(alibi_slopes(heads), dtype=dtype, device=query_positions.device)
+def alibi_bias(slopes: Sequence[float], query_positions: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores, [N, T, S]; slopes of N heads, query_positions [T] are slot numbers."""
+    slopes_N = torch.tensor(slopes, dtype=dtype, device=query_positions.device)
     distance = query_positions[:, None] - torch.arange(slots, device=query_positions.device)  # [T, S]
-    return -slopes[:, None, None] * distance
+    return -slopes_N[:, None, None] * distance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +30,7 @@ def attend(
     value_dim: int | None = None,
     slot_rope: Rotation | None = None,
     mask: Tensor | None = None,
-    alibi: bool = False,
+    slopes: Sequence[float] | None = None,
     query_positions: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -40,20 +40,21 @@ def attend(
     of G. source: where values are read, see `gmha.ValueSource`; "slice" takes the leading `value_dim` elements of
     the key, "unrotated" takes the latent as it is and turns the keys with `slot_rope`, the rotation at slots 0..S-1.
     mask: [B or 1, 1, T, S], boolean (True is seen) or additive; None where the queries are the last T of the S
-    slots and see all before them. query_positions: slot numbers [T] of the queries, for ALiBi; by default the last T.
+    slots and see all before them. slopes: of every head, where ALiBi's bias is added; query_positions: slot numbers [T]
+    of the queries, for that bias; by default the last T.
     backend: "auto", "sdpa" or "eager".
 
     Returns o [B, N, T, V].
     """
     key, value = _keys_and_values(latents, source, value_dim, slot_rope)
     tokens, slots = q.shape[2], key.shape[2]
-    causal = mask is None and tokens == slots and tokens > 1 and not alibi
+    causal = mask is None and tokens == slots and tokens > 1 and slopes is None
     if mask is None and tokens > 1 and not causal:
         mask = causal_mask(tokens, slots, q.device)
-    if alibi:
+    if slopes is not None:
         if query_positions is None:
             query_positions = torch.arange(slots - tokens, slots, device=q.device)
-        bias = alibi_bias(q.shape[1], query_positions, slots, q.dtype)  # [N, T, S]
+        bias = alibi_bias(slopes, query_positions, slots, q.dtype)  # [N, T, S]
         mask = _add_bias(mask, bias)
     return _backend(backend)(q, key, value, mask, causal, scale)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from multimatrix.ops.alibi import alibi_slopes
+from multimatrix.ops.rotary import RopeParameters
 
 if TYPE_CHECKING:
     from multimatrix.attention.gmha import AttentionSpec
@@ -41,22 +42,28 @@ class Circuits:
 
 
 def reference_attention(
-    spec: AttentionSpec, weights: Mapping[str, Tensor], x: Tensor, *, theta: float = 10_000.0
+    spec: AttentionSpec, weights: Mapping[str, Tensor], x: Tensor, *, rope: RopeParameters | None = None
 ) -> Tensor:
     """One layer's attention of one sequence, x [T, H] float64 -> [T, H] float64."""
-    return attend_circuits(spec.circuits(weights, x), scale=spec.scale, alibi=spec.position == "alibi", theta=theta)
+    circuits, alibi = spec.circuits(weights, x), spec.position == "alibi"
+    return attend_circuits(circuits, scale=spec.scale, alibi=alibi, rope=rope)
 
 
 def attend_circuits(
-    circuits: Circuits, *, scale: float, alibi: bool = False, theta: float = 10_000.0, offset: int = 0
+    circuits: Circuits, *, scale: float, alibi: bool = False, rope: RopeParameters | None = None, offset: int = 0
 ) -> Tensor:
     """The causal sum over heads and tokens, [T, H].
 
-    offset: position of the first token; only the inconsistent reading of key reuse depends on it.
+    rope: frequencies, theta 10,000 by default. offset: position of the first token; only the inconsistent reading
+    of key reuse depends on it.
     """
     heads, tokens, dim = circuits.q.shape
+    rope = rope if rope is not None else RopeParameters()
+    if rope.rope_type == "yarn" and any(stop > start for start, stop in circuits.rotated):
+        root = rope.attention_factor if rope.attention_factor is not None else 0.1 * math.log(rope.factor) + 1
+        scale *= root * root
     rotations = [
-        rotation_matrix(distance, dim, circuits.rotated, theta).to(circuits.q) for distance in range(-tokens, 1)
+        rotation_matrix(distance, dim, circuits.rotated, rope).to(circuits.q) for distance in range(-tokens, 1)
     ]
     slopes = alibi_slopes(heads)
     rows = []
@@ -72,7 +79,7 @@ def attend_circuits(
                 if circuits.value_rotation == "relative":
                     value = rotation @ value
                 elif circuits.value_rotation == "absolute":
-                    value = rotation_matrix(offset + j, dim, circuits.rotated, theta).to(value) @ value
+                    value = rotation_matrix(offset + j, dim, circuits.rotated, rope).to(value) @ value
                 values.append(value)
             row = row + torch.stack(scores).softmax(0) @ torch.stack(values) @ circuits.o[c]
         rows.append(row)
@@ -96,17 +103,38 @@ def bilinear_attention(x: Tensor, w: Tensor, u: Tensor, *, scale: float) -> Tens
     return torch.stack(rows)
 
 
-def rotation_matrix(distance: int, dim: int, rotated: tuple[tuple[int, int], ...], theta: float) -> Tensor:
+def rotation_matrix(distance: int, dim: int, rotated: tuple[tuple[int, int], ...], rope: RopeParameters) -> Tensor:
     """R_distance as a dense float64 matrix [dim, dim] that acts on column vectors."""
     matrix = torch.eye(dim, dtype=torch.float64)
     for start, stop in rotated:
         half = (stop - start) // 2
         for f in range(half):
-            angle = distance * theta ** (-2 * f / (stop - start))
+            angle = distance * turn(f, stop - start, rope)
             a, b = start + f, start + f + half
             matrix[a, a] = matrix[b, b] = math.cos(angle)
             matrix[a, b], matrix[b, a] = -math.sin(angle), math.sin(angle)
     return matrix
+
+
+def turn(pair: int, dim: int, rope: RopeParameters) -> float:
+    """Radians per position of one of the dim / 2 pairs."""
+    plain = rope.rope_theta ** (-2 * pair / dim)
+    if rope.rope_type == "default":
+        return plain
+    if rope.rope_type == "linear":
+        return plain / rope.factor
+    # YaRN: by pair number, a line from 1 at the pair that makes beta_fast turns in the training length down to 0 at
+    # the pair that makes beta_slow.
+    assert rope.original_max_position_embeddings is not None
+    ends = [
+        dim / 2 * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi), rope.rope_theta)
+        for turns in (rope.beta_fast, rope.beta_slow)
+    ]
+    if rope.truncate:
+        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+    first, last = max(ends[0], 0), min(ends[1], dim - 1)
+    kept = 1 - min(max((pair - first) / (last - first if last != first else 0.001), 0), 1)
+    return kept * plain + (1 - kept) * plain / rope.factor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
