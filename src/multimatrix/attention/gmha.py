@@ -340,16 +340,19 @@ def split_heads(x: Tensor, dim: int) -> Tensor:
     return x.unflatten(-1, (-1, dim)).transpose(1, 2)
 
 
-def linear_weight(linear: Any) -> Tensor:
-    """The matrix [out, in] that a linear layer applies, also where an adapter, a quantized weight or tensor
-    parallelism stands between its `weight` and the product."""
+def linear_weight(linear: Any, like: Tensor) -> Tensor:
+    """The matrix [out, in] that a linear layer applies to vectors such as `like`.
+
+    Adapters, quantization, offloading and tensor parallelism stand between a layer's `weight` and its product; then
+    the layer itself is asked.
+    """
     import torch
     from torch.distributed.tensor import DTensor
 
-    if type(linear) is torch.nn.Linear and not isinstance(linear.weight, DTensor):
-        return linear.weight
-    identity = torch.eye(linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)
-    return linear(identity).T
+    weight = linear.weight
+    if type(linear) is torch.nn.Linear and not isinstance(weight, DTensor) and weight.device == like.device:
+        return weight
+    return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device)).T
 
 
 def head_matrices(weight: Tensor, heads: int) -> Tensor:

@@ -139,11 +139,11 @@ class MLASpec(AttentionSpec):
         import torch
 
         q_nope, q_rope = q.split((self.head_dim, self.rope_head_dim), dim=-1)
-        key_up, _ = self._up_projections(linear_weight(w.kv_b_proj))
+        key_up, _ = self._up_projections(linear_weight(w.kv_b_proj, q))
         return torch.cat((q_nope @ key_up.transpose(1, 2), q_rope), dim=-1)  # [B, N, T, C + E]
 
     def restore(self, w: Attention, o: Tensor, rope: Rotation) -> Tensor:
-        _, value_up = self._up_projections(linear_weight(w.kv_b_proj))
+        _, value_up = self._up_projections(linear_weight(w.kv_b_proj, o))
         return o @ value_up  # [B, N, T, V]
 
     def _up_projections(self, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,6 +92,11 @@ class MultimatrixConfig(PreTrainedConfig):
         """The rotary frequencies."""
         return RopeParameters.from_dict(self.rope_parameters)
 
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a cached key. That it is stated keeps `generate` from making values of that width ahead of time."""
+        return self.layer_specs()[0].cache.key[1]
+
     def check_tensor_parallel(self, processes: int) -> None:
         """InputError where the layers cannot be shared out to so many processes."""
         if processes == 1:

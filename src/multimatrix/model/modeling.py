@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -179,6 +179,20 @@ class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def static_cache(self, batch_size: int, max_cache_len: int) -> StaticCache:
+        """A static cache whose memory exists from the start, as `torch.export` and CUDA graphs need it.
+
+        `StaticCache.early_initialization` would give every layer a value as wide as its key.
+        """
+        cache = StaticCache(config=self.config, max_cache_len=max_cache_len)
+        for layer, spec in zip(cache.layers, self.config.layer_specs(), strict=True):
+            (heads, key_dim), value_dim = spec.cache.key, spec.cache.value[1] if spec.cache.value else 0
+            if heads > 1:
+                heads //= self.model.tensor_parallel_processes
+            shapes = [(batch_size, heads, 0, dim) for dim in (key_dim, value_dim)]
+            layer.lazy_initialization(*(torch.empty(s, dtype=self.dtype, device=self.device) for s in shapes))
+        return cache
 
     @can_return_tuple
     def forward(

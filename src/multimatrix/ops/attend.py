@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# (q, key, value, mask, causal, scale) -> o
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], Tensor]
+
 
 def attend(
     q: Tensor,
@@ -126,17 +129,21 @@ def _decode(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: f
         return F.scaled_dot_product_attention(q, key, value, attn_mask=mask, scale=scale)
 
 
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], Tensor]] = {
+BACKENDS: dict[str, Backend] = {
     "eager": eager,
     "sdpa": sdpa,
 }
 
 
-@functools.cache
-def _backend(name: str) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], Tensor]:
+def _backend(name: str) -> Backend:
     chosen = "sdpa" if name == "auto" else name
     if chosen not in BACKENDS:
         raise ValueError(f"there is no attention backend {name!r}; choose auto, {', '.join(BACKENDS)}")
-    why = "the only fused backend so far" if name == "auto" else "asked for"
-    logger.info("attention runs on %s: %s", chosen, why)
+    if not torch.compiler.is_compiling():
+        _say_once(chosen, "the only fused backend so far" if name == "auto" else "asked for")
     return BACKENDS[chosen]
+
+
+@functools.cache
+def _say_once(chosen: str, why: str) -> None:
+    logger.info("attention runs on %s: %s", chosen, why)
