@@ -92,6 +92,13 @@ class MultimatrixConfig(PreTrainedConfig):
         """The rotary frequencies."""
         return RopeParameters.from_dict(self.rope_parameters)
 
+    # What `generate` asks of every config, for the first layer.
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads."""
+        return self.layer_specs()[0].num_heads
+
     @property
     def qk_head_dim(self) -> int:
         """Width of a cached key. That it is stated keeps `generate` from making values of that width ahead of time."""
