@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cases import CASES, DEFAULTS, random_attention, weights_of
+from cases import CASES, DECODERS, DEFAULTS, padded, random_attention, random_ids, random_model, weights_of
 from multimatrix.cli import main
 from multimatrix.evaluate import agreement
 from multimatrix.ops.reference import reference_attention
@@ -54,3 +54,47 @@ def test_compare(tmp_path, monkeypatch, capsys):
     assert stop.value.code in (0, None)
     assert (tmp_path / "runs/compare/report.html").is_file()
     assert "bfloat16 on cuda" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "offloaded"},
+        {"cache_implementation": "offloaded_static", "disable_compile": True},
+        {"cache_implementation": "static", "disable_compile": True},
+    ],
+    ids=["offloaded", "offloaded-static", "static"],
+)
+@pytest.mark.parametrize("specs", DECODERS.values(), ids=DECODERS.keys())
+def test_generate_with_every_cache(specs, options):
+    model = random_model(specs).cuda()
+    ids, mask = (tensor.cuda() for tensor in padded([random_ids(7), random_ids(3)]))
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    expected = model.generate(ids, **settings, use_cache=False)
+    assert torch.equal(model.generate(ids, **settings, **options), expected)
+
+
+@pytest.mark.parametrize("name", ["mla", "mfa", "mfa_kr"])
+def test_generate_compiles_one_decode_step(name):
+    """transformers compiles decoding on a static cache by itself, with CUDA graphs."""
+    model = random_model(DECODERS[name], torch.float32).cuda()
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    for prompt in (random_ids(2, 7), random_ids(2, 5)):
+        ids = prompt.cuda()
+        mask = torch.ones_like(ids)
+        expected = model.generate(ids, attention_mask=mask, **settings)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            actual = model.generate(ids, attention_mask=mask, cache_implementation="static", **settings)
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("specs", DECODERS.values(), ids=DECODERS.keys())
+def test_packed_documents_are_separate_rows(specs, dtype):
+    model = random_model(specs, dtype).cuda()
+    documents = [random_ids(length).cuda() for length in (5, 2, 7)]
+    row = torch.cat(documents)[None]
+    positions = torch.cat([torch.arange(len(document)) for document in documents])[None].cuda()
+    expected = torch.cat([model(document[None]).logits[0] for document in documents])
+    error = (model(row, position_ids=positions).logits[0] - expected).norm() / expected.norm()
+    assert error < (1e-12 if dtype == torch.float64 else 2e-2)
