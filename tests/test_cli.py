@@ -189,7 +189,7 @@ def test_version_and_help():
     from multimatrix import __version__
 
     assert multimatrix("--version").out == f"multimatrix {__version__}\n"
-    for words in ([], ["capacity"], ["check"], ["compare"]):
+    for words in ([], ["capacity"], ["check"], ["compare"], ["export"]):
         done = multimatrix(*words, "--help")
         assert done.status == 0
         assert "Usage: multimatrix" in done.out
@@ -258,7 +258,7 @@ def buffered() -> dict[str, str]:
         ("folder --variant mha", ["give either"]),
         ("folder --set mha.num_heads=2", ["a saved model has sizes of its own", "--set"]),
         ("folder --position none", ["a saved model has sizes of its own", "--position"]),
-        ("nowhere", ["nowhere has no config.json", "give the folder of a saved multimatrix model"]),
+        ("nowhere", ["there is no folder nowhere", "give the folder of a saved multimatrix model"]),
         ("--variant mha --dtype int8", ["float64, float32, float16, bfloat16", "'int8'"]),
         ("--variant mha --device nvidia", ["device 'nvidia' cannot be used"]),
         ("--variant mha --device meta", ["device 'meta' cannot be used"]),
@@ -307,7 +307,7 @@ def drop_a_weight(folder: Path) -> None:
 
 DAMAGES = {
     "cut config": (lambda f: break_config(f, text='{"model_type": "multim'), "JSON"),
-    "list for a config": (lambda f: break_config(f, text="[]"), "cannot be loaded"),
+    "list for a config": (lambda f: break_config(f, text="[]"), "holds a JSON list, not an object"),
     "another model": (lambda f: break_config(f, {"model_type": "llama"}), "it holds a 'llama' model"),
     "heads and groups": (
         lambda f: break_config(f, {"attention": {"variant": "gqa", "num_heads": 4, "head_dim": 4, "num_kv_heads": 3}}),
@@ -318,15 +318,25 @@ DAMAGES = {
         lambda f: break_config(f, {"attention": [{"variant": "mha", "num_heads": 4, "head_dim": 4}]}),
         "attention lists 1 layers but num_hidden_layers is 2",
     ),
-    "words for sizes": (lambda f: break_config(f, {"hidden_size": "wide"}), "cannot be loaded"),
+    "words for sizes": (lambda f: break_config(f, {"hidden_size": "wide"}), "expected int, got str (value: 'wide')"),
     "other sizes": (
         lambda f: break_config(f, {"intermediate_size": 8}),
-        "6 mismatched, the first: ('model.layers.0.mlp",
+        "mlp.gate_proj.weight is [32, 16] in model.safetensors and [8, 16] by config.json (5 more tensors",
     ),
-    "fewer layers": (lambda f: break_config(f, {"num_hidden_layers": 1}), "unexpected, the first: model.layers.1"),
+    "fewer layers": (
+        lambda f: break_config(f, {"num_hidden_layers": 1}),
+        "model.layers.1.input_layernorm.weight is [16] in model.safetensors and not in the model of config.json",
+    ),
+    "unknown field": (lambda f: break_config(f, {"hiden_size": 16}), "'hiden_size'"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
-    "cut weights": (lambda f: (f / "model.safetensors").write_bytes(b"\x09\0\0\0\0\0\0\0{"), "cannot be loaded"),
-    "a weight less": (drop_a_weight, "1 missing, the first: model.layers.1.self_attn.k_proj.weight"),
+    "cut weights": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\x09\0\0\0\0\0\0\0{"),
+        "its header alone needs 17",
+    ),
+    "a weight less": (
+        drop_a_weight,
+        "model.layers.1.self_attn.k_proj.weight is in no file and [16, 16] by config.json;",
+    ),
     "few positions": (
         lambda f: break_config(f, {"max_position_embeddings": 8}),
         "12 tokens and the model has 8 positions",

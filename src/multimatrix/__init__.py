@@ -46,13 +46,29 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'multimatrix' has no attribute {name!r}")
 
 
-# The model classes register themselves with transformers' Auto classes where they are defined. That needs transformers,
-# which takes seconds to import, so it waits until somebody imports the Auto classes.
+# The Auto classes know our classes once both are imported, whichever comes first. The modules that define ours do not
+# register them: copies of these modules travel with a checkpoint, and transformers finds those by the checkpoint's own
+# `auto_map`. transformers takes seconds to import, so nothing is imported before somebody asks for it.
 @wrapt.when_imported("transformers.models.auto.configuration_auto")
-def _register_config(_: Any) -> None:
+def _import_config(_: Any) -> None:
     importlib.import_module("multimatrix.model.configuration")
 
 
 @wrapt.when_imported("transformers.models.auto.modeling_auto")
-def _register_models(_: Any) -> None:
+def _import_models(_: Any) -> None:
     importlib.import_module("multimatrix.model.modeling")
+
+
+@wrapt.when_imported("multimatrix.model.configuration")
+def _register_config(ours: Any) -> None:
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    AutoConfig.register(ours.MultimatrixConfig.model_type, ours.MultimatrixConfig)
+
+
+@wrapt.when_imported("multimatrix.model.modeling")
+def _register_models(ours: Any) -> None:
+    from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
+
+    AutoModel.register(ours.MultimatrixConfig, ours.MultimatrixModel)
+    AutoModelForCausalLM.register(ours.MultimatrixConfig, ours.MultimatrixForCausalLM)

@@ -19,7 +19,7 @@ from multimatrix import __version__
 def environment(device: torch.device) -> dict[str, Any]:
     """Where a number came from."""
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "multimatrix": __version__,
         **{name: metadata.version(name) for name in ("torch", "transformers", "accelerate")},
@@ -30,7 +30,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of the checkout this package runs from, `+changes` where it is not clean; None outside a checkout."""
     here = Path(__file__).parent
     if shutil.which("git") is None:

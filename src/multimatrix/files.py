@@ -6,10 +6,13 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from multimatrix.errors import InputError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -33,6 +36,36 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of `value` as indented JSON, keys in the order given."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the block ends, and is gone where it fails.
+
+    Raises:
+        InputError: `path` is there already and is more than an empty folder, or no folder can be made beside it.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; name a folder that is not there yet")
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"{path} is not empty; name a folder that is not there yet")
+    made = [parent for parent in path.parents if not parent.exists()]  # the innermost first
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise InputError(f"no folder can be made at {path}: {error.strerror}; name another") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.is_dir():
+            path.rmdir()
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            parent.rmdir()
+        raise
 
 
 @contextlib.contextmanager

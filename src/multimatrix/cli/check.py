@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from typing import Annotated, Any
 
@@ -35,6 +34,7 @@ def check(
 
     from multimatrix.attention.sizes import specs_from_labels
     from multimatrix.evaluate import agreement
+    from multimatrix.model.loading import load_model
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -52,27 +52,17 @@ def check(
         subject = agreement.random_model(specs[variant], precisions[dtype], device)
     else:
         assert model is not None
-        subject = agreement.load_model(model, precisions[dtype], device)
+        subject = load_model(model, dtype=precisions[dtype], device=device)
     checks = agreement.check_model(subject)
     failed = [row.name for row in checks if not row.passed]
     if as_json:
-        rows = [
-            {
-                "check": c.name,
-                "error": c.error if math.isfinite(c.error) else None,
-                "tolerance": c.tolerance,
-                "passed": c.passed,
-                "detail": c.detail,
-            }
-            for c in checks
-        ]
         about = {
             "subject": variant or model,
             "attention": subject.config.attention,
             "dtype": dtype,
             "device": device,
         }
-        print(json.dumps({**about, "passed": not failed, "checks": rows}, indent=2))
+        print(json.dumps({**about, "passed": not failed, "checks": [row.row() for row in checks]}, indent=2))
     else:
         _print_checks(checks, f"{variant or model}: {dtype} on {device}")
     if failed:

@@ -161,7 +161,7 @@ def run_comparison(
             if run.name in results:
                 continue
             try:
-                results[run.name] = _execute(prepared, run, show)
+                results[run.name] = _execute(prepared, run, command, show)
             except (RunFailed, torch.OutOfMemoryError) as error:
                 failures[run.name] = one_line(error)
                 say(f"{run.name} failed: {failures[run.name]}")
@@ -253,7 +253,7 @@ def _make_run(prepared: Prepared, out: Path, candidate: Candidate, seed: int) ->
     return Run(candidate, seed, out / "runs" / f"{candidate.label}-seed{seed}", config, identity)
 
 
-def _execute(prepared: Prepared, run: Run, show: Callable[[Run, dict[str, Any]], None]) -> dict[str, Any]:
+def _execute(prepared: Prepared, run: Run, command: str, show: Callable[[Run, dict[str, Any]], None]) -> dict[str, Any]:
     """Train and measure one run; its result.json is written last, so that it is there only when all is done."""
     start = time.perf_counter()
     memory = PeakMemory(prepared.device)
@@ -269,6 +269,17 @@ def _execute(prepared: Prepared, run: Run, show: Callable[[Run, dict[str, Any]],
     peak = memory.bytes()
     context = prepared.protocol.context
     decode_speed = decode_tokens_per_second(trained.model, context=max(1, context // 2), tokens=min(64, context // 2))
+    where = environment(prepared.device)
+    # For the model card: whoever gets the checkpoint alone must know how it was made.
+    trained.model.config.provenance = {
+        "protocol": dataclasses.asdict(prepared.protocol),
+        "corpus": prepared.corpus_facts(),
+        "tokens": prepared.protocol.tokens,
+        "seed": run.seed,
+        "validation_loss": trained.validation_loss,
+        "environment": where,
+        "command": command,
+    }
     folder = run.directory / "model"
     with writing(folder):
         trained.model.save_pretrained(folder)
@@ -283,7 +294,7 @@ def _execute(prepared: Prepared, run: Run, show: Callable[[Run, dict[str, Any]],
         "peak_memory_bytes": peak,
         "kv_bytes_per_token_counted": counted,
         "wall_seconds": time.perf_counter() - start,
-        "environment": environment(prepared.device),
+        "environment": where,
     }
     write_json(run.directory / "result.json", result)
     return result

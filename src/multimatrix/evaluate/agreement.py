@@ -7,10 +7,10 @@ largest reference value.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from transformers import DynamicCache, StaticCache
 
 from multimatrix.attention import AttentionSpec
 from multimatrix.attention.module import Attention
-from multimatrix.errors import InputError, one_line
+from multimatrix.errors import InputError
 from multimatrix.evaluate.cache_bytes import stored_bytes
 from multimatrix.files import writing
 from multimatrix.model.configuration import MultimatrixConfig
@@ -45,6 +45,16 @@ class Check:
     @property
     def passed(self) -> bool:
         return self.error <= self.tolerance  # NaN fails
+
+    def row(self) -> dict[str, Any]:
+        """As JSON and model cards have it; an error that is no number is None."""
+        return {
+            "check": self.name,
+            "error": self.error if math.isfinite(self.error) else None,
+            "tolerance": self.tolerance,
+            "passed": self.passed,
+            "detail": self.detail,
+        }
 
 
 def check_model(model: MultimatrixForCausalLM) -> list[Check]:
@@ -79,31 +89,6 @@ def random_model(spec: AttentionSpec, dtype: torch.dtype, device: str) -> Multim
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
     return model.to(device=device, dtype=dtype).eval()
-
-
-def load_model(folder: str, dtype: torch.dtype, device: str) -> MultimatrixForCausalLM:
-    """A saved model of ours.
-
-    Raises:
-        InputError: the folder holds no multimatrix model that can be loaded.
-    """
-    if not (Path(folder) / "config.json").is_file():
-        raise InputError(f"{folder} has no config.json; give the folder of a saved multimatrix model")
-    try:
-        kind = MultimatrixConfig.get_config_dict(folder)[0].get("model_type")
-        if kind != MultimatrixConfig.model_type:
-            raise InputError(f"it holds a {kind!r} model")
-        model, found = MultimatrixForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        for kind in ("missing", "mismatched", "unexpected"):  # transformers makes up for the first two at random
-            if keys := sorted(found[f"{kind}_keys"]):
-                raise InputError(f"its config.json and weights disagree, {len(keys)} {kind}, the first: {keys[0]}")
-    except Exception as error:  # a damaged file is met by transformers, safetensors or our config, each in its way
-        raise InputError(
-            f"{folder} cannot be loaded: {one_line(error)}; give the folder of a saved multimatrix model"
-        ) from error
-    return model.to(device).eval()
 
 
 def _oracle(model: MultimatrixForCausalLM, ids: Tensor) -> Check:

@@ -1,11 +1,9 @@
 """Configuration of a decoder whose layers may each have an attention variant of their own."""
 
-from __future__ import annotations
-
+# Annotations stay types here: @strict checks no field whose annotation is text.
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from multimatrix.attention import AttentionSpec, make_spec
@@ -24,6 +22,8 @@ class MultimatrixConfig(PreTrainedConfig):
     depth_scaled_init: divide the initial std of layer l's second feed-forward matrix by sqrt(2 l), l = 1..L, as
         the MFA paper does.
     zero_init_output: start every layer's attention output at zero (`output_weight` of its spec), for every variant.
+    provenance: how the model was trained, for its model card and nothing else: facts by name, such as `corpus` and
+        `seed`, each a number, a text or a table of facts.
 
     Initialization: linear and embedding weights from a normal distribution of std `initializer_range`, norm scales
     at 1, gates (MFA-KR's alpha) at 0. Latent scaling is a field of every spec.
@@ -42,8 +42,8 @@ class MultimatrixConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     attention: dict | list | None = None
     rope_parameters: dict | None = None
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    rms_norm_eps: float | int = 1e-6
+    initializer_range: float | int = 0.02
     depth_scaled_init: bool = False
     zero_init_output: bool = False
     tie_word_embeddings: bool = False
@@ -51,6 +51,7 @@ class MultimatrixConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    provenance: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.attention is None:
@@ -129,6 +130,3 @@ class MultimatrixConfig(PreTrainedConfig):
             for weight, style in spec.tensor_parallel_plan.items():
                 plan[f"layers.*.self_attn.{weight}".rstrip(".")] = style
         return plan
-
-
-AutoConfig.register(MultimatrixConfig.model_type, MultimatrixConfig)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
@@ -21,6 +23,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from multimatrix.attention.gmha import AttentionSpec
 from multimatrix.attention.module import Attention, RMSNorm, RotaryTables
+from multimatrix.errors import InputError
+from multimatrix.model.card import model_card, write_card
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.feed_forward import SwiGLU
 from multimatrix.model.masks import within_documents
@@ -90,6 +94,40 @@ class MultimatrixPreTrainedModel(PreTrainedModel):
             for weight in module.spec.weights:
                 if weight.kind == "gate":
                     init.zeros_(getattr(module, weight.name))
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        *args: Any,
+        include_code: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """transformers' `save_pretrained`, and a model card as README.md where no other README.md is.
+
+        include_code: write the code of the model as well, so that the folder loads with `trust_remote_code=True` where
+        multimatrix is not installed. A model that was loaded in that way always takes its code along.
+
+        Raises:
+            InputError: include_code and push_to_hub together, which would push the weights without the code.
+        """
+        if include_code and kwargs.get("push_to_hub"):
+            raise InputError("include_code and push_to_hub exclude each other; save to a folder and upload the folder")
+        travels = self.is_remote_code()  # then transformers copies the code and writes auto_map
+        if not travels and hasattr(self.config, "auto_map"):
+            del self.config.auto_map  # of the folder it came from
+        if include_code and not travels:
+            # By name, since the code that travels is what is imported here, and that needs no exporter.
+            portable = importlib.import_module("multimatrix.model.portable")
+            self.config.auto_map = dict(portable.AUTO_MAP)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        folder = Path(save_directory)
+        is_adapter = getattr(self, "_hf_peft_config_loaded", False)
+        if is_adapter or not folder.is_dir() or not self.should_save_on_this_rank(is_main_process):
+            return
+        if include_code and not travels:
+            portable.write_code(folder)
+        write_card(folder, model_card(self, has_code=include_code or travels))
 
 
 class MultimatrixModel(MultimatrixPreTrainedModel):
@@ -241,7 +279,3 @@ def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
     if cache is not None and past_key_values is not None:
         raise ValueError("cache and past_key_values are two names of one argument; give one of them")
     return cache if cache is not None else past_key_values
-
-
-AutoModel.register(MultimatrixConfig, MultimatrixModel)
-AutoModelForCausalLM.register(MultimatrixConfig, MultimatrixForCausalLM)
