@@ -66,7 +66,7 @@ def check_model(model: MultimatrixForCausalLM) -> list[Check]:
     positions = model.config.max_position_embeddings
     if positions < TOKENS:
         raise InputError(f"the checks run {TOKENS} tokens and the model has {positions} positions; it needs {TOKENS}")
-    model.eval()
+    _in_own_memory(model).eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (3, TOKENS), generator=generator).to(model.device)
     with torch.no_grad():
@@ -89,6 +89,13 @@ def random_model(spec: AttentionSpec, dtype: torch.dtype, device: str) -> Multim
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def _in_own_memory(model: MultimatrixForCausalLM) -> MultimatrixForCausalLM:
+    """Weights mapped from a file may lie at any address, and alignment alone moves the last bit of a product."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def _oracle(model: MultimatrixForCausalLM, ids: Tensor) -> Check:
@@ -165,9 +172,7 @@ def _saved_and_loaded(model: MultimatrixForCausalLM, ids: Tensor) -> Check:
         with writing(folder):
             model.save_pretrained(folder)
         loaded = MultimatrixForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
-    for parameter in loaded.parameters():
-        # Weights mapped from a file may lie at any address, and alignment alone moves the last bit of a product.
-        parameter.data = parameter.data.clone()
+    _in_own_memory(loaded)
     difference = _relative(loaded(ids).logits, model(ids).logits)
     return Check("saved / loaded", difference, 0.0, "save_pretrained, from_pretrained, same logits to the bit")
 

@@ -1,6 +1,7 @@
 """Configuration of a decoder whose layers may each have an attention variant of their own."""
 
 # Annotations stay types here: @strict checks no field whose annotation is text.
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -8,6 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from multimatrix.attention import AttentionSpec, make_spec
 from multimatrix.errors import InputError
+from multimatrix.model.experts import ExpertsSpec, make_experts
 from multimatrix.ops.rotary import RopeParameters
 
 
@@ -24,6 +26,11 @@ class MultimatrixConfig(PreTrainedConfig):
     zero_init_output: start every layer's attention output at zero (`output_weight` of its spec), for every variant.
     provenance: how the model was trained, for its model card and nothing else: facts by name, such as `corpus` and
         `seed`, each a number, a text or a table of facts.
+    mixture_of_experts: experts in place of the dense feed-forward, `{"num_experts": 8, "experts_per_token": 2,
+        "intermediate_size": 512, "shared_intermediate_size": 512}`; the fields are those of `ExpertsSpec`. Layers that
+        its `layers` leaves out keep the dense one of `intermediate_size`.
+    output_router_logits: return the router's logits and the load-balancing loss, which while training is added to the
+        loss with the factor router_aux_loss_coef. Set it when you train a mixture of experts.
 
     Initialization: linear and embedding weights from a normal distribution of std `initializer_range`, norm scales
     at 1, gates (MFA-KR's alpha) at 0. Latent scaling is a field of every spec.
@@ -33,7 +40,7 @@ class MultimatrixConfig(PreTrainedConfig):
     """
 
     model_type = "multimatrix"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "router_logits", "aux_loss"]  # noqa: RUF012
 
     vocab_size: int = 32_000
     hidden_size: int = 768
@@ -46,6 +53,9 @@ class MultimatrixConfig(PreTrainedConfig):
     initializer_range: float | int = 0.02
     depth_scaled_init: bool = False
     zero_init_output: bool = False
+    mixture_of_experts: dict | None = None
+    router_aux_loss_coef: float = 0.01
+    output_router_logits: bool = False
     tie_word_embeddings: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -72,6 +82,12 @@ class MultimatrixConfig(PreTrainedConfig):
             raise InputError(f"initializer_range must be above 0 and at most 1, got {self.initializer_range}")
         _ = self.rope  # raises where its parameters cannot work
         self.layer_specs()
+        if (experts := self.experts_spec()) is not None:
+            experts.check_layers(self.num_hidden_layers)
+        elif self.output_router_logits:
+            raise InputError("output_router_logits needs a router; leave it out or give mixture_of_experts")
+        if not 0 <= self.router_aux_loss_coef < math.inf:
+            raise InputError(f"router_aux_loss_coef must be a number from 0 on, got {self.router_aux_loss_coef}")
 
     def layer_specs(self) -> list[AttentionSpec]:
         """The attention spec of every layer."""
@@ -87,6 +103,10 @@ class MultimatrixConfig(PreTrainedConfig):
                 "give one entry per layer, or one for all"
             )
         return [make_spec(self.hidden_size, sizes) for sizes in self.attention]
+
+    def experts_spec(self) -> ExpertsSpec | None:
+        """The mixture of experts; None where every feed-forward is dense."""
+        return None if self.mixture_of_experts is None else make_experts(self.mixture_of_experts)
 
     @property
     def rope(self) -> RopeParameters:
