@@ -16,10 +16,16 @@ from multimatrix.errors import InputError
 HERE = Path(__file__).parent
 PROCESSES = 2
 # One process cuts what the other replicates: refused, see below.
+EXPERTS = {"num_experts": 4, "experts_per_token": 2, "intermediate_size": 16, "shared_intermediate_size": 8}
 REFUSED = {"hybrid", "hybrid-all", "hybrid-positions"}
 MODELS = DECODERS | {
     name: [CASES[name]] * 2 for name in ("mla-query_rank=12", "mfa_kr-position=alibi", "mha-position=alibi")
 }
+CHANGES = {
+    "mfa-experts": {"mixture_of_experts": EXPERTS},
+    "mfa_kr-experts": {"mixture_of_experts": EXPERTS | {"layers": [1]}},
+}
+MODELS |= {name: DECODERS[name.removesuffix("-experts")] for name in CHANGES}
 
 
 def launch(kind: str, root: Path) -> None:
@@ -43,7 +49,7 @@ def found(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     for name, specs in MODELS.items():
-        model = random_model(specs, vocab_size=62)
+        model = random_model(specs, vocab_size=62, **CHANGES.get(name, {}))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(0.5)

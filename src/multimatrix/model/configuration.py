@@ -143,9 +143,13 @@ class MultimatrixConfig(PreTrainedConfig):
 
     def _parallel_plan(self) -> dict[str, str]:
         """transformers' tensor-parallel plan: heads and feed-forward width are cut, what heads share is replicated."""
-        plan = {f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")} | {
-            "layers.*.mlp.down_proj": "rowwise"
-        }
+        styles = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+        plan = {f"layers.*.mlp.{name}": style for name, style in styles.items()}
+        if self.mixture_of_experts is not None:
+            # Every expert is cut, not their number; the layer sums the parts.
+            for part in ("experts", "shared_expert"):
+                plan |= {f"layers.*.mlp.{part}.{name}": style for name, style in styles.items()}
+            plan["layers.*.mlp.experts"] = "moe_tp_experts"
         for spec in self.layer_specs():
             for weight, style in spec.tensor_parallel_plan.items():
                 plan[f"layers.*.self_attn.{weight}".rstrip(".")] = style
