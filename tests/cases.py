@@ -64,6 +64,22 @@ HYBRIDS: dict[str, list[AttentionSpec]] = {
     ],
 }
 DECODERS: dict[str, list[AttentionSpec]] = {name: [spec] * 2 for name, spec in DEFAULTS.items()} | HYBRIDS
+
+
+class Decoder(list[AttentionSpec]):
+    """One spec per layer, and what else differs in the decoder's config."""
+
+    def __init__(self, specs: Sequence[AttentionSpec], **changes) -> None:
+        super().__init__(specs)
+        self.changes = changes
+
+
+EXPERTS = {"num_experts": 4, "experts_per_token": 2, "intermediate_size": 16, "shared_intermediate_size": 8}
+# The decoders of tests that ask for nothing but a model.
+MODELS: dict[str, list[AttentionSpec]] = DECODERS | {
+    "mfa-experts": Decoder(DECODERS["mfa"], mixture_of_experts=EXPERTS),
+    "mfa_kr-experts": Decoder(DECODERS["mfa_kr"], mixture_of_experts=EXPERTS | {"layers": [1]}),
+}
 ALL_DECODERS: dict[str, list[AttentionSpec]] = {name: [spec] * 2 for name, spec in CASES.items()} | HYBRIDS
 
 
@@ -92,7 +108,7 @@ def small_config(specs: Sequence[AttentionSpec], **changes) -> MultimatrixConfig
         "max_position_embeddings": 64,
         "attention": sizes[0] if all(size == sizes[0] for size in sizes) else sizes,
     }
-    return MultimatrixConfig(**settings | changes)
+    return MultimatrixConfig(**settings | getattr(specs, "changes", {}) | changes)
 
 
 def random_model(

@@ -9,23 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from cases import CASES, DECODERS, random_ids, random_model, small_config
+from cases import CASES, MODELS, random_ids, random_model, small_config
 from multimatrix.attention import make_spec
 from multimatrix.errors import InputError
 
 HERE = Path(__file__).parent
 PROCESSES = 2
 # One process cuts what the other replicates: refused, see below.
-EXPERTS = {"num_experts": 4, "experts_per_token": 2, "intermediate_size": 16, "shared_intermediate_size": 8}
 REFUSED = {"hybrid", "hybrid-all", "hybrid-positions"}
-MODELS = DECODERS | {
+SUBJECTS = MODELS | {
     name: [CASES[name]] * 2 for name in ("mla-query_rank=12", "mfa_kr-position=alibi", "mha-position=alibi")
 }
-CHANGES = {
-    "mfa-experts": {"mixture_of_experts": EXPERTS},
-    "mfa_kr-experts": {"mixture_of_experts": EXPERTS | {"layers": [1]}},
-}
-MODELS |= {name: DECODERS[name.removesuffix("-experts")] for name in CHANGES}
 
 
 def launch(kind: str, root: Path) -> None:
@@ -48,8 +42,8 @@ def found(tmp_path_factory):
     """Model -> kind -> what each process found."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    for name, specs in MODELS.items():
-        model = random_model(specs, vocab_size=62, **CHANGES.get(name, {}))
+    for name, specs in SUBJECTS.items():
+        model = random_model(specs, vocab_size=62)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(0.5)
@@ -70,13 +64,13 @@ def found(tmp_path_factory):
             for kind in ("tensor_parallel", "fsdp")
         }
         | {"reference": torch.load(root / name / "reference.pt")}
-        for name in MODELS
+        for name in SUBJECTS
     }
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in REFUSED])
+@pytest.mark.parametrize("name", [name for name in SUBJECTS if name not in REFUSED])
 def test_tensor_parallel_logits_equal_one_process(found, name):
-    reference, specs = found[name]["reference"], MODELS[name]
+    reference, specs = found[name]["reference"], SUBJECTS[name]
     for process in found[name]["tensor_parallel"]:
         assert "error" not in process, process
         assert max(process["differences"].values()) < 1e-10
@@ -93,7 +87,7 @@ def test_tensor_parallel_layers_that_need_different_plans_are_refused(found, nam
         assert process["error"].startswith("InputError: tensor parallelism cuts k_proj in all layers or in none")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SUBJECTS)
 def test_fsdp_step_equals_one_process(found, name):
     for process in found[name]["fsdp"]:
         assert "error" not in process, process
@@ -117,7 +111,7 @@ def test_heads_that_do_not_divide_are_refused(sizes, processes, sentence):
 
 
 def test_training_under_tensor_parallelism_is_refused():
-    model = random_model(DECODERS["mfa"])
+    model = random_model(MODELS["mfa"])
     model.model.tensor_parallel_processes = 2
     with pytest.raises(ValueError, match="tensor parallelism is for inference"):
         model.train()(random_ids(1, 3))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cases import CASES, DECODERS, DEFAULTS, padded, random_attention, random_ids, random_model, weights_of
+from cases import CASES, DECODERS, DEFAULTS, MODELS, padded, random_attention, random_ids, random_model, weights_of
 from multimatrix.cli import main
 from multimatrix.evaluate import agreement
 from multimatrix.ops.reference import reference_attention
@@ -65,7 +65,7 @@ def test_compare(tmp_path, monkeypatch, capsys):
     ],
     ids=["offloaded", "offloaded-static", "static"],
 )
-@pytest.mark.parametrize("specs", DECODERS.values(), ids=DECODERS.keys())
+@pytest.mark.parametrize("specs", MODELS.values(), ids=MODELS.keys())
 def test_generate_with_every_cache(specs, options):
     model = random_model(specs).cuda()
     ids, mask = (tensor.cuda() for tensor in padded([random_ids(7), random_ids(3)]))
@@ -89,7 +89,7 @@ def test_generate_compiles_one_decode_step(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("specs", DECODERS.values(), ids=DECODERS.keys())
+@pytest.mark.parametrize("specs", MODELS.values(), ids=MODELS.keys())
 def test_packed_documents_are_separate_rows(specs, dtype):
     model = random_model(specs, dtype).cuda()
     documents = [random_ids(length).cuda() for length in (5, 2, 7)]
