@@ -19,6 +19,7 @@ from multimatrix.compare import run as compare_run
 from multimatrix.compare.configuration import make_comparison
 from multimatrix.data import load_corpus, pack
 from multimatrix.errors import InputError
+from multimatrix.model.mixture import MixtureOfExperts
 from multimatrix.model.modeling import MultimatrixForCausalLM
 
 STEPS = 6
@@ -149,6 +150,15 @@ def test_a_dense_comparison_knows_nothing_of_experts(finished):
     assert candidate.experts is None
     assert candidate.active_parameters == candidate.parameters
     assert not {"active_parameters", "mixture_of_experts", "feed_forward"} & set(candidate.row())
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_router_of_every_comparison_can_learn(k):
+    """A token's only weight divided by itself is 1, whatever the router says."""
+    sizes = {"num_experts": 4, "experts_per_token": k, "expert_size": 8}
+    module = MixtureOfExperts(make_comparison(None, sizes).experts, 16)
+    module(torch.randn(2, 5, 16))[0].square().sum().backward()
+    assert module.router.weight.grad.abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,8 @@ class Comparison:
             experts_per_token=self.experts_per_token,
             intermediate_size=self.expert_size,
             shared_intermediate_size=self.shared_expert_size or 0,
+            # A single weight divided by itself is 1, from which the router would learn nothing.
+            normalize_weights=self.experts_per_token > 1,
         )
 
     @property
