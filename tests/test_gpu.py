@@ -1,17 +1,24 @@
 """The same agreement on a CUDA device, in every precision; `make test-gpu`."""
 
+import copy
+
 import pytest
 import torch
 
 from cases import CASES, DECODERS, DEFAULTS, MODELS, padded, random_attention, random_ids, random_model, weights_of
 from multimatrix.cli import main
 from multimatrix.evaluate import agreement
+from multimatrix.model.experts import make_experts
+from multimatrix.model.mixture import MixtureOfExperts, route
+from multimatrix.ops import grouped
 from multimatrix.ops.reference import reference_attention
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+EXPERTS = {"num_experts": 8, "experts_per_token": 2, "intermediate_size": 32, "shared_intermediate_size": 48}
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +47,29 @@ def test_forward_and_every_gradient(spec, backend):
     gradients = [torch.autograd.grad(y.square().sum(), inputs, retain_graph=True) for y in (actual, expected)]
     for actual_gradient, expected_gradient in zip(*gradients, strict=True):
         torch.testing.assert_close(actual_gradient, expected_gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_experts(dtype):
+    """The grouped product serves bfloat16 without waiting for the device, the loop serves the others."""
+    module = MixtureOfExperts(make_experts(EXPERTS), 64).to("cuda", dtype)
+    x = torch.randn(2, 33, 64, dtype=dtype, device="cuda")
+    assert grouped.grouped_mm_serves(x, module.experts.up_proj) == (dtype == torch.bfloat16)
+    if dtype == torch.bfloat16:
+        module(x)[0].square().mean().backward()  # the first calls set libraries up
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        y, router_logits = module(x)
+        y.square().mean().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    exact = copy.deepcopy(module).double()
+    expected, exact_logits = exact(x.double())
+    same = (route(router_logits, module.spec)[1] == route(exact_logits, exact.spec)[1]).all(1).view(2, 33)
+    assert same.float().mean() > 0.8  # in bfloat16 a near tie may fall the other way
+    error = (y - expected)[same].norm() / expected[same].norm()
+    assert error < {torch.bfloat16: 3e-2, torch.float32: 1e-5}.get(dtype, 1e-10)
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
 
 
 def test_compare(tmp_path, monkeypatch, capsys):

@@ -210,11 +210,16 @@ def test_stated_bytes_are_stored(specs, dtype):
 
 @every_case
 @pytest.mark.parametrize("tied", [False, True])
-def test_stated_parameters_are_built(specs, tied):
-    config = small_config(specs, tie_word_embeddings=tied, intermediate_size=23)
+@pytest.mark.parametrize("layers", ["dense", None, [1]], ids=["dense", "experts", "experts-in-one"])
+def test_stated_parameters_are_built(specs, tied, layers):
+    sizes = {"num_experts": 7, "experts_per_token": 3, "intermediate_size": 5, "shared_intermediate_size": 9}
+    mixture = None if layers == "dense" else sizes | {"layers": layers}
+    config = small_config(specs, tie_word_embeddings=tied, intermediate_size=23, mixture_of_experts=mixture)
     with torch.device("meta"):
         model = MultimatrixForCausalLM(config)
-    stated = decoder_parameters(specs, vocab_size=61, intermediate_size=23, tie_word_embeddings=tied)
+    stated = decoder_parameters(
+        specs, vocab_size=61, intermediate_size=23, tie_word_embeddings=tied, experts=config.experts_spec()
+    )
     assert model.num_parameters() == stated
     assert sum(p.numel() for p in model.parameters()) == stated
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied

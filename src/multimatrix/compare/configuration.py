@@ -85,7 +85,7 @@ class Comparison:
         given = [name for name in EXPERTS if getattr(self, name) is not None]
         missing = [name for name in EXPERTS[:3] if name not in given]
         if given and missing:
-            raise InputError(f"a mixture of experts needs {', '.join(EXPERTS[:3])}; {', '.join(missing)} was not given")
+            raise InputError(f"a mixture of experts needs {', '.join(EXPERTS[:3])}; give also {', '.join(missing)}")
         for name in ("intermediate_size", "max_position_embeddings", *EXPERTS[:3]):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -145,6 +145,8 @@ class Comparison:
             experts_per_token=self.experts_per_token,
             intermediate_size=self.expert_size,
             shared_intermediate_size=self.shared_expert_size or 0,
+            # A single weight divided by itself is 1, from which the router would learn nothing.
+            normalize_weights=self.experts_per_token > 1,
         )
 
     @property

@@ -15,8 +15,9 @@ class ExpertsSpec:
     """num_experts (E) SwiGLUs of which each token takes experts_per_token (K), and one that all tokens take.
 
     intermediate_size: width of each expert. shared_intermediate_size: width of the shared expert, 0 for none.
-    normalize_weights: divide the weights of a token's experts by their sum. layers: numbers of the layers that have
-    experts, None for all; the others keep the dense feed-forward.
+    normalize_weights: divide the weights of a token's experts by their sum; with one expert per token the router then
+    learns from the balancing loss alone. layers: numbers of the layers that have experts, None for all; the others keep
+    the dense feed-forward.
 
     Raises:
         InputError: the sizes cannot work together; the sentence has the numbers and the way out.

@@ -84,7 +84,7 @@ def match_experts(
         InputError: everything else takes more than `target`, or no width comes within 0.5 %.
     """
     shared = experts.shared_intermediate_size > 0
-    name, what = ("shared_intermediate_size", "shared expert") if shared else ("intermediate_size", "expert")
+    name, what = ("shared_intermediate_size", "shared expert") if shared else ("intermediate_size", "routed expert")
 
     def at(width: int) -> ExpertsSpec:
         changed: Any = {name: width}
