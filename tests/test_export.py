@@ -192,9 +192,11 @@ def test_export_below_a_file_and_from_nowhere(source, tmp_path):
     assert contents(tmp_path) == {"source", "file"}
 
 
-def test_export_takes_an_empty_folder(source, tmp_path):
+@pytest.mark.parametrize("name", ["out", "."])
+def test_export_takes_an_empty_folder(source, tmp_path, monkeypatch, name):
     (tmp_path / "out").mkdir()
-    assert multimatrix("export", source, tmp_path / "out", "--no-check").status == 0
+    monkeypatch.chdir(tmp_path / "out" if name == "." else tmp_path)
+    assert multimatrix("export", source, name, "--no-check").status == 0
     assert "model.safetensors" in contents(tmp_path / "out")
 
 
