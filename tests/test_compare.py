@@ -154,6 +154,24 @@ def test_every_file_is_there(finished):
         assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_model_alone_says_how_it_was_made(finished):
+    out, _ = finished
+    results, result = read(out / "results.json"), read(out / "runs" / "mla-seed1" / "result.json")
+    folder = out / "runs" / "mla-seed1" / "model"
+    found = read(folder / "config.json")["provenance"]
+    assert found["corpus"] == results["corpus"]
+    assert found["command"] == results["command"]
+    assert found["environment"] == result["environment"]
+    assert found["validation_loss"] == result["validation_loss"]
+    assert (found["seed"], found["tokens"]) == (1, STEPS * 4 * 32)
+    assert found["protocol"].items() <= result["identity"].items()
+    assert found["protocol"]["steps"] == STEPS
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"| corpus.sha256 | {results['corpus']['sha256']} |" in card
+    assert f"| validation_loss | {result['validation_loss']} |" in card
+    assert "not recorded" not in card
+
+
 def test_results_agree_with_the_runs(finished):
     out, _ = finished
     results = read(out / "results.json")

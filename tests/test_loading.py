@@ -119,7 +119,7 @@ def test_fields_that_transformers_reads_are_known(single):
     )
     assert load_model(single).config.provenance == {"seed": 3}
     change_config(single, rope_theta=5e5, rope_parameters=None)
-    assert load_config(single).rope.rope_theta == 5e5
+    assert load_config(single).rope_parameters["rope_theta"] == 5e5
 
 
 def test_not_finite_weights_are_weights(single):

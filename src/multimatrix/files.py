@@ -49,6 +49,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise InputError(f"{path} is a file; name a folder that is not there yet")
     if path.is_dir() and any(path.iterdir()):
         raise InputError(f"{path} is not empty; name a folder that is not there yet")
+    path = path.resolve()  # "." has no folder beside it
     made = [parent for parent in path.parents if not parent.exists()]  # the innermost first
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
