@@ -15,6 +15,8 @@ from multimatrix import __version__
 from multimatrix.cli.capacity import capacity
 from multimatrix.cli.check import check
 from multimatrix.cli.compare import compare
+from multimatrix.cli.export import export
+from multimatrix.cli.import_ import import_
 from multimatrix.errors import InputError
 
 app = typer.Typer(
@@ -25,9 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-COMMANDS = (capacity, check, compare)
+COMMANDS = (capacity, check, compare, import_, export)
 for command in COMMANDS:
-    app.command()(command)
+    app.command(command.__name__.strip("_"))(command)  # `import` is no name for a function
 
 
 def main() -> None:
