@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -10,6 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from multimatrix.attention import AttentionSpec, make_spec
 from multimatrix.errors import InputError
+from multimatrix.model.experts import ExpertsSpec, make_experts
 
 
 @strict
@@ -22,6 +24,11 @@ class MultimatrixConfig(PreTrainedConfig):
     depth_scaled_init: divide the initial std of layer l's second feed-forward matrix by sqrt(2 l), l = 1..L, as
         the MFA paper does.
     zero_init_output: start every layer's attention output at zero (`output_weight` of its spec), for every variant.
+    mixture_of_experts: experts in place of the dense feed-forward, `{"num_experts": 8, "experts_per_token": 2,
+        "intermediate_size": 512, "shared_intermediate_size": 512}`; the fields are those of `ExpertsSpec`. Layers that
+        its `layers` leaves out keep the dense one of `intermediate_size`.
+    output_router_logits: return the router's logits and the load-balancing loss, which while training is added to the
+        loss with the factor router_aux_loss_coef. Set it when you train a mixture of experts.
 
     Initialization: linear and embedding weights from a normal distribution of std `initializer_range`, norm scales
     at 1, gates (MFA-KR's alpha) at 0. Latent scaling is a field of every spec.
@@ -31,7 +38,7 @@ class MultimatrixConfig(PreTrainedConfig):
     """
 
     model_type = "multimatrix"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "router_logits", "aux_loss"]  # noqa: RUF012
 
     vocab_size: int = 32_000
     hidden_size: int = 768
@@ -44,6 +51,9 @@ class MultimatrixConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     depth_scaled_init: bool = False
     zero_init_output: bool = False
+    mixture_of_experts: dict | None = None
+    router_aux_loss_coef: float = 0.01
+    output_router_logits: bool = False
     tie_word_embeddings: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -70,6 +80,12 @@ class MultimatrixConfig(PreTrainedConfig):
         if scaling != "default":
             raise InputError(f"rope_type {scaling!r} is not supported yet; use 'default'")
         self.layer_specs()
+        if (experts := self.experts_spec()) is not None:
+            experts.check_layers(self.num_hidden_layers)
+        elif self.output_router_logits:
+            raise InputError("output_router_logits needs a router; leave it out or give mixture_of_experts")
+        if not 0 <= self.router_aux_loss_coef < math.inf:
+            raise InputError(f"router_aux_loss_coef must be a number from 0 on, got {self.router_aux_loss_coef}")
 
     def layer_specs(self) -> list[AttentionSpec]:
         """The attention spec of every layer."""
@@ -85,6 +101,10 @@ class MultimatrixConfig(PreTrainedConfig):
                 "give one entry per layer, or one for all"
             )
         return [make_spec(self.hidden_size, sizes) for sizes in self.attention]
+
+    def experts_spec(self) -> ExpertsSpec | None:
+        """The mixture of experts; None where every feed-forward is dense."""
+        return None if self.mixture_of_experts is None else make_experts(self.mixture_of_experts)
 
     @property
     def rope_theta(self) -> float:

@@ -17,3 +17,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # [B, T, H]
+
+    def set_output_std(self, std: float) -> None:
+        """Initial std of the matrix that writes to the residual stream."""
+        self.down_proj.init_std = std

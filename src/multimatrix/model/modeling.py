@@ -13,7 +13,12 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -23,6 +28,7 @@ from multimatrix.attention.gmha import AttentionSpec
 from multimatrix.attention.module import Attention, RMSNorm, RotaryTables
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.feed_forward import SwiGLU
+from multimatrix.model.mixture import Experts, MixtureOfExperts, load_balancing_loss, share_of_step
 
 # What transformers calls the cache, in outputs and in its own functions: "past_key_values" before 5.24.
 CACHE = (
@@ -38,9 +44,14 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(spec, layer_idx, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        experts = config.experts_spec()
+        self.mlp: SwiGLU | MixtureOfExperts
+        if experts is not None and experts.has_experts(layer_idx):
+            self.mlp = MixtureOfExperts(experts, config.hidden_size)
+        else:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         if config.depth_scaled_init:
-            self.mlp.down_proj.init_std = config.initializer_range * (2 * (layer_idx + 1)) ** -0.5
+            self.mlp.set_output_std(config.initializer_range * (2 * (layer_idx + 1)) ** -0.5)
         if config.zero_init_output:
             getattr(self.self_attn, spec.output_weight).init_std = 0.0
 
@@ -51,7 +62,11 @@ class DecoderLayer(GradientCheckpointingLayer):
         mask: Tensor | None,
         cache: Cache | None,
         backend: str,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        """The new hidden states [B, T, H] and the router's logits [B * T, E] of a layer with experts.
+
+        The logits are an output, not what a hook saw, so that checkpointing of either kind keeps their gradient.
+        """
         x = x + self.self_attn(
             self.input_layernorm(x),
             rotary=rotary,
@@ -59,7 +74,9 @@ class DecoderLayer(GradientCheckpointingLayer):
             cache=cache,
             backend=backend,
         )
-        return x + self.mlp(self.post_attention_layernorm(x))  # [B, T, H]
+        h = self.post_attention_layernorm(x)
+        y, router_logits = self.mlp(h) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp(h), None)
+        return x + y, router_logits
 
 
 class MultimatrixPreTrainedModel(PreTrainedModel):
@@ -85,6 +102,11 @@ class MultimatrixPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if hasattr(module, "init_std"):
             init.normal_(module.weight, mean=0.0, std=module.init_std)
+        if isinstance(module, Experts):
+            for name, matrices in module.named_parameters():
+                scaled = module.output_std is not None and name == "down_proj"
+                std = module.output_std if scaled else self.config.initializer_range
+                init.normal_(matrices, mean=0.0, std=std)
         if isinstance(module, Attention):
             for weight in module.spec.weights:
                 if weight.kind == "gate":
@@ -114,13 +136,15 @@ class MultimatrixModel(MultimatrixPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | MoeModelOutputWithPast:
         """input_ids [B, T] or inputs_embeds [B, T, H] -> last_hidden_state [B, T, H].
 
         attention_mask: [B, S], 1 for tokens and 0 for padding on either side, cached tokens included.
         cache, or past_key_values as it was called before transformers 5.24: a `Cache` of any length; it takes the new
-        tokens.
+        tokens. output_router_logits: return those of every layer with experts, [B * T, E] each; None as the config has
+        it.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -147,9 +171,16 @@ class MultimatrixModel(MultimatrixPreTrainedModel):
         )
         # "sdpa" is what transformers sets where nobody chose.
         backend = "eager" if self.config._attn_implementation == "eager" else "auto"
+        router_logits = []
         for layer in self.layers:
-            x = layer(x, rotary, mask, cache=cache, backend=backend)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
+            x, routed = layer(x, rotary, mask, cache=cache, backend=backend)
+            if routed is not None:
+                router_logits.append(routed)
+        outputs = {"last_hidden_state": self.norm(x), CACHE: cache}
+        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        if wanted and router_logits:
+            return MoeModelOutputWithPast(**outputs, router_logits=tuple(router_logits))
+        return BaseModelOutputWithPast(**outputs)
 
 
 class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
@@ -176,11 +207,13 @@ class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         """Like `MultimatrixModel.forward`, and logits [B, T, vocab_size].
 
         labels: [B, T], -100 is ignored; the shift by one token is made here. logits_to_keep: only the last so many
-        tokens' logits, 0 for all, or the indices of the tokens.
+        tokens' logits, 0 for all, or the indices of the tokens. Where the router's logits are asked for, aux_loss is
+        the load-balancing loss; it is part of the loss while training only, so that an evaluated loss stays the cross
+        entropy.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -196,12 +229,17 @@ class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            **{CACHE: outputs.get(CACHE)},
-        )
+        fields = {"logits": logits, "hidden_states": outputs.hidden_states, CACHE: outputs.get(CACHE)}
+        router_logits = outputs.get("router_logits")
+        if router_logits is None:
+            return CausalLMOutputWithPast(loss=loss, **fields)
+        experts = self.config.experts_spec()
+        assert experts is not None
+        aux_loss = load_balancing_loss(router_logits, experts.experts_per_token, attention_mask)
+        if loss is not None and self.training:
+            share = share_of_step(labels, kwargs.get("num_items_in_batch"))
+            loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, router_logits=router_logits, **fields)
 
 
 def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from multimatrix.attention import AttentionSpec
 from multimatrix.errors import InputError
+from multimatrix.model.experts import ExpertsSpec
 
 
 def decoder_parameters(
-    specs: Sequence[AttentionSpec], *, vocab_size: int, intermediate_size: int, tie_word_embeddings: bool
+    specs: Sequence[AttentionSpec],
+    *,
+    vocab_size: int,
+    intermediate_size: int,
+    tie_word_embeddings: bool,
+    experts: ExpertsSpec | None = None,
+    active: bool = False,
 ) -> int:
-    """Learned parameters of `model.MultimatrixForCausalLM` with one spec per layer."""
+    """Learned parameters of `model.MultimatrixForCausalLM` with one spec per layer.
+
+    intermediate_size: of the dense feed-forwards, which are all those that `experts` does not replace. active: leave
+    out the experts that a token does not take.
+    """
     hidden = specs[0].hidden_size
     embeddings = vocab_size * hidden * (1 if tie_word_embeddings else 2)
-    # Per layer: attention, SwiGLU's three matrices, two norms; then the final norm.
-    layers = sum(spec.parameters + 3 * hidden * intermediate_size + 2 * hidden for spec in specs)
+
+    def feed_forward(layer: int) -> int:
+        if experts is not None and experts.has_experts(layer):
+            return experts.active_parameters(hidden) if active else experts.parameters(hidden)
+        return 3 * hidden * intermediate_size  # SwiGLU's three matrices
+
+    # Per layer: attention, feed-forward, two norms; then the final norm.
+    layers = sum(spec.parameters + feed_forward(layer) + 2 * hidden for layer, spec in enumerate(specs))
     return embeddings + layers + hidden
 
 
@@ -32,10 +51,7 @@ def match_intermediate_size(
     tie_word_embeddings: bool,
     tolerance: float,
 ) -> int:
-    """The feed-forward width that brings a decoder's parameters to `target`.
-
-    Widths that are multiples of a large power of two run faster, so the largest power up to 128 is taken whose
-    nearest multiple stays within `tolerance` (relative); without one, the nearest width.
+    """The feed-forward width that brings a dense decoder's parameters to `target`; see `_match_width`.
 
     Raises:
         InputError: the attention alone takes more than `target`, or no width comes within 0.5 %.
@@ -46,6 +62,58 @@ def match_intermediate_size(
             specs, vocab_size=vocab_size, intermediate_size=width, tie_word_embeddings=tie_word_embeddings
         )
 
+    return _match_width(parameters, target, tolerance, specs[0].variant, "feed-forward")
+
+
+def match_experts(
+    specs: Sequence[AttentionSpec],
+    target: int,
+    experts: ExpertsSpec,
+    *,
+    vocab_size: int,
+    intermediate_size: int,
+    tie_word_embeddings: bool,
+    tolerance: float,
+) -> ExpertsSpec:
+    """The experts at the width that brings a decoder's parameters to `target`; see `_match_width`.
+
+    The shared expert's width takes up the difference: every token takes it, as every token takes the attention, so
+    that active parameters are matched with the total. Without a shared expert it is the width of each expert.
+
+    Raises:
+        InputError: everything else takes more than `target`, or no width comes within 0.5 %.
+    """
+    shared = experts.shared_intermediate_size > 0
+    name, what = ("shared_intermediate_size", "shared expert") if shared else ("intermediate_size", "expert")
+
+    def at(width: int) -> ExpertsSpec:
+        changed: Any = {name: width}
+        return dataclasses.replace(experts, **changed)
+
+    def parameters(width: int) -> int:
+        # Linear in the width; a width of 0 is not one that an expert may have.
+        one, two = (
+            decoder_parameters(
+                specs,
+                vocab_size=vocab_size,
+                intermediate_size=intermediate_size,
+                tie_word_embeddings=tie_word_embeddings,
+                experts=at(given),
+            )
+            for given in (1, 2)
+        )
+        return one + (width - 1) * (two - one)
+
+    return at(_match_width(parameters, target, tolerance, specs[0].variant, what))
+
+
+def _match_width(parameters: Callable[[int], int], target: int, tolerance: float, variant: str, what: str) -> int:
+    """The width that brings `parameters(width)`, linear in it, to `target`.
+
+    Widths that are multiples of a large power of two run faster, so the largest power up to 128 is taken whose
+    nearest multiple stays within `tolerance` (relative); without one, the nearest width.
+    """
+
     def mismatch(width: int) -> float:
         return abs(parameters(width) / target - 1)
 
@@ -53,7 +121,7 @@ def match_intermediate_size(
     exact = (target - parameters(0)) / per_width
     if exact < 1:
         raise InputError(
-            f"{specs[0].variant} has {parameters(0):,} parameters without a feed-forward, which leaves none of the "
+            f"{variant} has {parameters(0):,} parameters without a {what}, which leaves none of the "
             f"{target:,} to match for one; use fewer or narrower heads, or --match none"
         )
     for multiple in (128, 64, 32, 16, 8, 4, 2):
@@ -63,7 +131,7 @@ def match_intermediate_size(
     width = max(1, round(exact))
     if mismatch(width) > 0.005:
         raise InputError(
-            f"no feed-forward width brings {specs[0].variant} within 0.5 % of {target:,} parameters: the nearest, "
+            f"no {what} width brings {variant} within 0.5 % of {target:,} parameters: the nearest, "
             f"{width}, gives {parameters(width):,}; use a larger model or --match none"
         )
     return width
