@@ -21,9 +21,9 @@ from multimatrix.convert.step3_format import (
     NORMALIZE,
     TOKEN_FIELDS,
     layers_text,
-    mixture_of_experts,
 )
 from multimatrix.errors import InputError
+from multimatrix.model.experts import ExpertsSpec
 
 if TYPE_CHECKING:
     from multimatrix.model.configuration import MultimatrixConfig
@@ -39,12 +39,13 @@ def to_step3(config: MultimatrixConfig) -> dict[str, Any]:
         InputError: the format cannot state this model; the sentence has the reason and, where there is one, the way.
     """
     spec = _statable_attention(config)
-    experts = mixture_of_experts(config)
-    if experts and not experts["shared_intermediate_size"]:
+    experts = config.experts_spec()
+    if experts is not None and not experts.shared_intermediate_size:
         raise InputError(
-            "Step-3's format has a shared expert in every expert layer, but shared_intermediate_size is "
-            f"{experts['shared_intermediate_size']}; train with one"
+            "Step-3's format has a shared expert in every expert layer, but shared_intermediate_size is 0; train with "
+            "one"
         )
+    layers = [n for n in range(config.num_hidden_layers) if experts is not None and experts.has_experts(n)]
     tokens = {name: getattr(config, name) for name in TOKEN_FIELDS if getattr(config, name) is not None}
     dtype = {"torch_dtype": str(config.dtype).removeprefix("torch.")} if config.dtype is not None else {}
     return {
@@ -58,9 +59,9 @@ def to_step3(config: MultimatrixConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rms_norm_eps": config.rms_norm_eps,
         # Where a field is left out, loaders fill in the sizes of Step-3 itself.
-        **{theirs: experts.get(ours, 0) for ours, theirs in EXPERT_FIELDS.items()},
-        NORMALIZE: experts.get("normalize_weights", False),
-        LAYERS: layers_text(experts.get("layers", ())),
+        **{theirs: getattr(experts, ours, 0) for ours, theirs in EXPERT_FIELDS.items()},
+        NORMALIZE: experts is not None and experts.normalize_weights,
+        LAYERS: layers_text(layers),
         "tie_word_embeddings": False,
         "use_cache": config.use_cache,
         **tokens,
@@ -172,7 +173,7 @@ def from_step3(fields: Mapping[str, Any], expert_layers: Iterable[int]) -> dict[
     dtype = fields.get("dtype") or fields.get("torch_dtype")
     if dtype not in (None, *DTYPES):
         raise InputError(f"its config.json says dtype = {dtype!r}, and only {', '.join(DTYPES)} can be imported")
-    tokens = {name: fields[name] for name in TOKEN_FIELDS if fields.get(name) is not None}
+    tokens = {name: _token(fields, name) for name in TOKEN_FIELDS if fields.get(name) is not None}
     return {
         **{ours: _count(fields, theirs) for ours, theirs in MODEL_FIELDS.items()},
         "max_position_embeddings": min(contexts),
@@ -196,7 +197,8 @@ def _experts(fields: Mapping[str, Any], layers: list[int]) -> dict[str, Any]:
     if not isinstance(normalize, bool):
         raise InputError(f"its config.json says {NORMALIZE} = {normalize!r}, which must be true or false")
     sizes = {ours: _count(fields, theirs) for ours, theirs in EXPERT_FIELDS.items()}
-    return {**sizes, "normalize_weights": normalize, "layers": layers}
+    everywhere = layers == list(range(fields["num_hidden_layers"]))
+    return ExpertsSpec(**sizes, normalize_weights=normalize, layers=None if everywhere else tuple(layers)).to_dict()
 
 
 def _expert_layers(fields: Mapping[str, Any], by_tensors: Iterable[int]) -> list[int]:
@@ -232,7 +234,7 @@ def _rope_theta(fields: Mapping[str, Any]) -> float:
     for name in ("rope_scaling", "rope_parameters"):
         table = fields.get(name) or {}
         plain = isinstance(table, dict) and {"rope_type", "type", "rope_theta"}.issuperset(table)
-        if not plain or not {table.get("rope_type"), table.get("type")} <= {"default", None}:
+        if not plain or any(table.get(key) not in ("default", None) for key in ("rope_type", "type")):
             raise InputError(f"its config.json says {name} = {table!r}, and only plain RoPE can be imported")
         if "rope_theta" in table:
             bases.append(_positive(table, "rope_theta"))
@@ -253,6 +255,14 @@ def _positive(fields: Mapping[str, Any], name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise InputError(_not_a(fields, name, "a positive number"))
     return float(value)
+
+
+def _token(fields: Mapping[str, Any], name: str) -> int | list[int]:
+    value = fields[name]
+    numbers = value if isinstance(value, list) and name == "eos_token_id" else [value]
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+        raise InputError(_not_a(fields, name, "the number of a token"))
+    return value
 
 
 def _not_a(fields: Mapping[str, Any], name: str, kind: str) -> str:

@@ -12,11 +12,12 @@ Both sides store the same numbers in the same shapes, so a conversion renames te
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from multimatrix.model.configuration import MultimatrixConfig
+    from multimatrix.model.experts import ExpertsSpec
 
 MODEL_TYPE = "step3_text"
 VISION_MODEL_TYPE = "step3_vl"
@@ -105,7 +106,7 @@ class Row(NamedTuple):
 def tensor_rows(config: MultimatrixConfig) -> Iterator[Row]:
     """Every tensor of the model, in the order in which it runs."""
     vocabulary, hidden = config.vocab_size, config.hidden_size
-    experts = mixture_of_experts(config)
+    experts = config.experts_spec()
     yield _same("model.embed_tokens.weight", vocabulary, hidden)
     for layer, spec in enumerate(config.layer_specs()):
         at = f"model.layers.{layer}."
@@ -114,7 +115,7 @@ def tensor_rows(config: MultimatrixConfig) -> Iterator[Row]:
             theirs = ATTENTION_TENSORS[weight.name]
             yield Row(f"{at}self_attn.{weight.name}.weight", f"{at}self_attn.{theirs}.weight", weight.shape)
         yield _same(f"{at}post_attention_layernorm.weight", hidden)
-        if layer in experts.get("layers", ()):
+        if experts is not None and experts.has_experts(layer):
             for (ours, theirs), shape in zip(EXPERT_TENSORS.items(), _expert_shapes(experts, hidden), strict=True):
                 yield Row(at + ours, at + theirs, shape)
         else:
@@ -132,16 +133,10 @@ def _glu_shapes(width: int, hidden: int) -> list[tuple[int, ...]]:
     return [(width, hidden), (width, hidden), (hidden, width)]
 
 
-def _expert_shapes(experts: Mapping[str, Any], hidden: int) -> list[tuple[int, ...]]:
-    count = experts["num_experts"]
-    routed = [(count, *shape) for shape in _glu_shapes(experts["intermediate_size"], hidden)]
-    return [(count, hidden), *routed, *_glu_shapes(experts["shared_intermediate_size"], hidden)]
-
-
-def mixture_of_experts(config: MultimatrixConfig) -> dict[str, Any]:
-    """The config's sizes of its expert layers; empty where every layer is dense."""
-    experts = getattr(config, "mixture_of_experts", None)
-    return experts if experts and experts["layers"] else {}
+def _expert_shapes(experts: ExpertsSpec, hidden: int) -> list[tuple[int, ...]]:
+    count = experts.num_experts
+    routed = [(count, *shape) for shape in _glu_shapes(experts.intermediate_size, hidden)]
+    return [(count, hidden), *routed, *_glu_shapes(experts.shared_intermediate_size, hidden)]
 
 
 def layers_text(layers: Iterable[int]) -> str:
