@@ -37,7 +37,7 @@ COMPANIONS = (
     "chat_template.json",
 )
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-PIECE = 2**23
+PIECE = 2**20
 
 
 @dataclass(frozen=True)
