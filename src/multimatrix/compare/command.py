@@ -74,11 +74,13 @@ def _describe(prepared: Prepared, console: Console) -> None:
 def matched_table(candidates: list[Candidate]) -> Table:
     """The matched sizes of every variant."""
     table = Table(box=None, header_style="bold", pad_edge=False)
+    experts = any(candidate.experts is not None for candidate in candidates)
     for header in (
         "variant",
         "heads x dim",
         "FFN width",
         "parameters",
+        *(["active"] if experts else []),
         "mismatch",
         "KV bytes/token",
         "of MHA",
@@ -89,8 +91,9 @@ def matched_table(candidates: list[Candidate]) -> Table:
         table.add_row(
             candidate.label,
             row["shape"],
-            f"{row['intermediate_size']:,}",
+            row.get("feed_forward") or f"{row['intermediate_size']:,}",
             f"{row['parameters']:,}",
+            *([f"{row['active_parameters']:,}"] if experts else []),
             f"{100 * row['parameter_mismatch']:+.2f} %",
             f"{row['kv_bytes_per_token']:,}",
             f"{100 * (1 - row['kv_reduction']):.1f} %",

@@ -10,10 +10,13 @@ from importlib import resources
 from typing import Any
 
 from multimatrix.errors import InputError
+from multimatrix.model.experts import ExpertsSpec
 from multimatrix.train.run import Protocol
 
 # What numpy's generator takes.
 MAX_SEED = 2**32 - 1
+# The sizes of a mixture of experts; all but the last belong together.
+EXPERTS = ("num_experts", "experts_per_token", "expert_size", "shared_expert_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,9 @@ class Comparison:
     variants: labels, see `attention.sizes`. sizes: `label.field=value` overrides. head_dim: of MHA, from which the
     variants' customary sizes follow. intermediate_size: feed-forward width of the baseline; None for 8/3 hidden_size
     rounded to a multiple of 8. match: "parameters" lets the feed-forward width make up the difference in attention
-    parameters, "none" keeps it. data: files, folders and hub data sets; none for the embedded default.
+    parameters, "none" keeps it. num_experts, experts_per_token, expert_size, shared_expert_size: of a mixture of
+    experts in place of every dense feed-forward, see `model.experts.ExpertsSpec`; none for dense ones. data: files,
+    folders and hub data sets; none for the embedded default.
     validation_tokens: how many tokens of the validation documents are used at most. latent_scaling,
     zero_init_output, depth_scaled_init: switches that act alike on every variant, see `AttentionSpec` and
     `MultimatrixConfig`. initializer_range: std of every initial weight matrix; None for 1/sqrt(hidden_size), which is
@@ -39,6 +44,10 @@ class Comparison:
     num_hidden_layers: int = 8
     head_dim: int = 64
     intermediate_size: int | None = None
+    num_experts: int | None = None
+    experts_per_token: int | None = None
+    expert_size: int | None = None
+    shared_expert_size: int | None = None
     match: str = "parameters"
     position: str = "rope"
     rope_theta: float = 10_000.0
@@ -73,10 +82,19 @@ class Comparison:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("intermediate_size", "max_position_embeddings"):
+        given = [name for name in EXPERTS if getattr(self, name) is not None]
+        missing = [name for name in EXPERTS[:3] if name not in given]
+        if given and missing:
+            raise InputError(f"a mixture of experts needs {', '.join(EXPERTS[:3])}; {', '.join(missing)} was not given")
+        for name in ("intermediate_size", "max_position_embeddings", *EXPERTS[:3]):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+        if self.experts is not None and self.intermediate_size is not None:
+            raise InputError(
+                f"with {self.num_experts} experts in every layer intermediate_size has no effect; leave it out, or "
+                "the experts"
+            )
         if self.context < 2:
             raise InputError(
                 f"context must be at least 2, got {self.context}: the first token of a row is not predicted"
@@ -116,6 +134,18 @@ class Comparison:
     def baseline(self) -> str:
         """What the others are matched to and judged against: MHA if it takes part, else the first variant."""
         return "mha" if "mha" in self.variants else self.variants[0]
+
+    @property
+    def experts(self) -> ExpertsSpec | None:
+        """The mixture of experts of the baseline; None for a dense feed-forward."""
+        if self.num_experts is None or self.experts_per_token is None or self.expert_size is None:
+            return None
+        return ExpertsSpec(
+            num_experts=self.num_experts,
+            experts_per_token=self.experts_per_token,
+            intermediate_size=self.expert_size,
+            shared_intermediate_size=self.shared_expert_size or 0,
+        )
 
     @property
     def positions(self) -> int:

@@ -34,11 +34,15 @@ class Cell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A heading, in which `{baseline}` is filled in, and the row's text below it."""
+    """A heading, in which `{baseline}` is filled in, and the row's text below it.
+
+    needs: a key without which, in every row, the column is left out.
+    """
 
     heading: str
     cell: Callable[[Row], Cell | str]
     terminal: bool = True
+    needs: str | None = None
 
 
 def number(value: float | None, digits: int = 0, sign: bool = False) -> str:
@@ -81,6 +85,10 @@ def _counted_cell(row: Row) -> Cell:
         return Cell("disagrees", "alarm")
     counted = row.get("kv_bytes_per_token_counted")
     return Cell("not counted", "quiet") if counted is None else Cell("agrees")
+
+
+def _width_cell(row: Row) -> str:
+    return row.get("feed_forward", "").replace(" x ", "×") or number(row.get("intermediate_size"))
 
 
 def _statistic(key: str, part: str, digits: int) -> Callable[[Row], str]:
@@ -129,9 +137,10 @@ QUALITY = (
 COST = (
     Column("variant", lambda row: display_name(row["variant"])),
     Column("params", lambda row: _short(row.get("parameters"))),
+    Column("active", lambda row: _short(row.get("active_parameters")), needs="active_parameters"),
     Column("vs {baseline}", lambda row: percent(row.get("parameter_mismatch"), 2, sign=True)),
     Column("of which attention", lambda row: _short(row.get("attention_parameters")), terminal=False),
-    Column("FFN width", lambda row: number(row.get("intermediate_size")), terminal=False),
+    Column("FFN width", _width_cell, terminal=False),
     Column("rank", lambda row: number(row.get("total_effective_rank"))),
     Column("perplexity", _statistic("perplexity", "mean", 3), terminal=False),
     Column("bits per byte", _statistic("bits_per_byte", "mean", 4), terminal=False),
@@ -207,7 +216,7 @@ def console_table(results: dict[str, Any]) -> Table:
         page.add_row(Text("\n".join(found), style="bold red"))
     for columns in (QUALITY, COST):
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-        shown = [column for column in columns if column.terminal]
+        shown = [column for column in _applicable(columns, results) if column.terminal]
         for place, heading in enumerate(_headings(shown, results)):
             left = place == 0 or heading == "verdict"
             table.add_column(Text(heading), justify="left" if left else "right", vertical="bottom", overflow="fold")
@@ -240,7 +249,7 @@ def render(results: dict[str, Any], directory: Path) -> str:
 
     `directory` is the run directory; the curves are read from the `metrics.jsonl` files below it.
     """
-    rows = results.get("rows") or []
+    rows, config = results.get("rows") or [], results.get("config") or {}
     loader = PackageLoader("multimatrix.compare", ".")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -253,7 +262,9 @@ def render(results: dict[str, Any], directory: Path) -> str:
         headline=headline(results),
         tally=tally(results),
         alarms=alarms(results),
-        matched=(results.get("config") or {}).get("match") != "none",
+        experts=bool(config.get("num_experts")),
+        shared_expert=bool(config.get("shared_expert_size")),
+        matched=config.get("match") != "none",
         can_show=results.get("can_show") or [],
         cannot_show=results.get("cannot_show") or [],
         tables={
@@ -261,7 +272,7 @@ def render(results: dict[str, Any], directory: Path) -> str:
                 _headings(columns, results),
                 [(figures.style_of(row["variant"])[0], _cells(columns, row)) for row in rows],
             )
-            for name, columns in (("quality", QUALITY), ("cost", COST))
+            for name, columns in (("quality", QUALITY), ("cost", _applicable(COST, results)))
         },
         loss_against_tokens=_inline(figures.loss_against_tokens(results, directory)),
         loss_against_kv_bytes=_inline(figures.loss_against_kv_bytes(results)),
@@ -279,6 +290,12 @@ def write_report(results: dict[str, Any], directory: Path) -> Path:
     path = directory / "report.html"
     write_text(path, render(results, directory))
     return path
+
+
+def _applicable(columns: tuple[Column, ...], results: dict[str, Any]) -> list[Column]:
+    """The columns that have something to show."""
+    rows = results.get("rows") or []
+    return [column for column in columns if column.needs is None or any(column.needs in row for row in rows)]
 
 
 def _headings(columns: tuple[Column, ...] | list[Column], results: dict[str, Any]) -> list[str]:

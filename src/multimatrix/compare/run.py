@@ -237,6 +237,7 @@ def _make_run(prepared: Prepared, out: Path, candidate: Candidate, seed: int) ->
         depth_scaled_init=comparison.depth_scaled_init,
         initializer_range=comparison.initial_std,
         zero_init_output=comparison.zero_init_output,
+        mixture_of_experts=candidate.experts.to_dict() if candidate.experts is not None else None,
         bos_token_id=prepared.tokenizer.bos_token_id,
         eos_token_id=prepared.tokenizer.eos_token_id,
         pad_token_id=prepared.tokenizer.pad_token_id,
@@ -250,6 +251,8 @@ def _make_run(prepared: Prepared, out: Path, candidate: Candidate, seed: int) ->
         "corpus_sha256": prepared.corpus.sha256,
         **dataclasses.asdict(prepared.protocol),
     }
+    if candidate.experts is not None:
+        identity["mixture_of_experts"] = candidate.experts.to_dict()
     return Run(candidate, seed, out / "runs" / f"{candidate.label}-seed{seed}", config, identity)
 
 

@@ -103,7 +103,14 @@ def load_model(folder: str, dtype: torch.dtype, device: str) -> MultimatrixForCa
         raise InputError(
             f"{folder} cannot be loaded: {one_line(error)}; give the folder of a saved multimatrix model"
         ) from error
-    return model.to(device).eval()
+    return _in_own_memory(model.to(device)).eval()
+
+
+def _in_own_memory(model: MultimatrixForCausalLM) -> MultimatrixForCausalLM:
+    """Weights mapped from a file may lie at any address, and alignment alone moves the last bit of a product."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def _oracle(model: MultimatrixForCausalLM, ids: Tensor) -> Check:
@@ -180,9 +187,7 @@ def _saved_and_loaded(model: MultimatrixForCausalLM, ids: Tensor) -> Check:
         with writing(folder):
             model.save_pretrained(folder)
         loaded = MultimatrixForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
-    for parameter in loaded.parameters():
-        # Weights mapped from a file may lie at any address, and alignment alone moves the last bit of a product.
-        parameter.data = parameter.data.clone()
+    _in_own_memory(loaded)
     difference = _relative(loaded(ids).logits, model(ids).logits)
     return Check("saved / loaded", difference, 0.0, "save_pretrained, from_pretrained, same logits to the bit")
 

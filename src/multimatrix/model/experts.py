@@ -84,6 +84,12 @@ class ExpertsSpec:
         widths = experts * self.intermediate_size + self.shared_intermediate_size
         return self.num_experts * hidden_size + 3 * hidden_size * widths
 
+    @property
+    def shape(self) -> str:
+        """`2 of 8 x 512 + 1024`: experts of a token, of how many, their width, and the shared expert's."""
+        shared = f" + {self.shared_intermediate_size}" if self.shared_intermediate_size else ""
+        return f"{self.experts_per_token} of {self.num_experts} x {self.intermediate_size}{shared}"
+
     def to_dict(self) -> dict[str, Any]:
         """Every field that is not at its default, for configs and reports; `make_experts` reads it."""
         fields = {

@@ -72,6 +72,8 @@ def train(
 ) -> TrainedRun:
     """Train from scratch; `directory/metrics.jsonl` gets one row per logged step and per evaluation.
 
+    With a mixture of experts the training loss has the load-balancing loss in it, the validation loss never.
+
     seed: of the initial weights and of the data order, which is the same for every model of that seed. on_step: sees
     every metrics row as it is written.
 
@@ -97,7 +99,10 @@ def train(
             callbacks=[recorder],
         )
         trainer.remove_callback(PrinterCallback)  # progress is ours to show
+        # This is how a model is told to balance its experts; nobody asks for it once it is trained.
+        asked, model.config.output_router_logits = config.output_router_logits, config.mixture_of_experts is not None
         trainer.train()
+        model.config.output_router_logits = asked
     assert recorder.validation_loss is not None, "the last step is always evaluated"
     return TrainedRun(model, recorder.validation_loss, recorder.tokens_per_second)
 
