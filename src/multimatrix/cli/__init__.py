@@ -16,6 +16,7 @@ from multimatrix.cli.capacity import capacity
 from multimatrix.cli.check import check
 from multimatrix.cli.compare import compare
 from multimatrix.cli.export import export
+from multimatrix.cli.import_ import import_
 from multimatrix.errors import InputError
 
 app = typer.Typer(
@@ -26,9 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-COMMANDS = (capacity, check, compare, export)
+COMMANDS = (capacity, check, compare, import_, export)
 for command in COMMANDS:
-    app.command()(command)
+    app.command(command.__name__.strip("_"))(command)  # `import` is no name for a function
 
 
 def main() -> None:

@@ -27,7 +27,9 @@ def capacity(
     from multimatrix.plan.capacity import capacity_rows, load_recipe
 
     if recipe is not None:
-        refuse_beside(ctx, "--recipe", "hidden_size", "layers", "head_dim", "variants", "position", "sizes")
+        refuse_beside(
+            ctx, "--recipe has sizes of its own", "hidden_size", "layers", "head_dim", "variants", "position", "sizes"
+        )
         known = load_recipe(recipe)
         specs, layers, title = known.specs, known.num_hidden_layers, f"{known.title}\n{known.source}"
     else:

@@ -28,7 +28,7 @@ def check(
     if (model is None) == (variant is None):
         raise InputError("give either the folder of a saved model or --variant NAME")
     if model is not None:
-        refuse_beside(ctx, "a saved model", "hidden_size", "head_dim", "position", "sizes")
+        refuse_beside(ctx, "a saved model has sizes of its own", "hidden_size", "head_dim", "position", "sizes")
     import torch
     from transformers.utils import logging
 

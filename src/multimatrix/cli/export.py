@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from multimatrix.cli.options import MaxShardSize, byte_count, refuse_beside
 from multimatrix.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,49 +29,61 @@ COMPANIONS = (
 )
 
 
-def _portable(model: MultimatrixForCausalLM, folder: Path, checks: list[dict[str, Any]] | None) -> None:
+def _portable(source: Path, out: Path, max_shard_size: int, check: bool) -> list[str]:
     """Weights and code: loads with trust_remote_code=True where multimatrix is not installed."""
-    from multimatrix.model.card import model_card, write_card
-
-    model.save_pretrained(folder, include_code=True)
-    write_card(folder, model_card(model, has_code=True, checks=checks))
-
-
-# Name -> what writes the model, and the rows of its agreement table (None: not checked), into an empty folder.
-FORMATS: dict[str, Callable[[MultimatrixForCausalLM, Path, list[dict[str, Any]] | None], None]] = {
-    "portable": _portable,
-}
-
-
-def export(
-    model: Annotated[str, typer.Argument(help="Folder of a saved multimatrix model.")],
-    out: Annotated[str, typer.Argument(help="Folder to write; it must not be there yet.")],
-    format_: Annotated[str, typer.Option("--format", help=f"One of: {', '.join(FORMATS)}.")] = "portable",
-    check: Annotated[
-        bool, typer.Option(help="Refuse a model that disagrees with itself; the card shows the table.")
-    ] = True,
-) -> None:
-    """Write a saved model in another format; `portable` loads where multimatrix is not installed."""
-    if format_ not in FORMATS:
-        raise InputError(f"there is no format {format_!r}; the formats are {', '.join(FORMATS)}")
     from transformers.utils import logging
 
     from multimatrix.files import new_folder, writing
+    from multimatrix.model.card import model_card, write_card
     from multimatrix.model.loading import load_model
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    source, target = Path(model), Path(out)
-    with writing(target), new_folder(target) as folder:
-        loaded = load_model(source)
-        checks = _agreement(loaded, source) if check else None
+    with writing(out), new_folder(out) as folder:
+        model = load_model(source)
+        checks = _agreement(model, source) if check else None
         for name in COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-        FORMATS[format_](loaded, folder, checks)
+        model.save_pretrained(folder, include_code=True, max_shard_size=max_shard_size)
+        write_card(folder, model_card(model, has_code=True, checks=checks))
         size = sum(path.stat().st_size for path in folder.iterdir())
     checked = f"{len(checks)} checks agree" if checks is not None else "not checked"
-    print(f"{target}: {loaded.num_parameters():,} parameters, {size:,} bytes, {checked}")
+    return [f"{out}: {model.num_parameters():,} parameters, {size:,} bytes, {checked}"]
+
+
+def _step3(source: Path, out: Path, max_shard_size: int, check: bool) -> list[str]:
+    """What an engine loads as `Step3TextForCausalLM`; the weights are copied and never loaded."""
+    from multimatrix.convert.step3 import export_step3
+
+    return export_step3(source, out, max_shard_size).lines
+
+
+# Name -> function of the model's folder, the folder to write, bytes of its largest file and whether to check the model
+# first; it returns the lines to print.
+FORMATS: dict[str, Callable[[Path, Path, int, bool], list[str]]] = {"portable": _portable, "step3": _step3}
+
+
+def export(
+    ctx: typer.Context,
+    model: Annotated[Path, typer.Argument(help="Folder of a saved multimatrix model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    format_: Annotated[str, typer.Option("--format", help=f"One of: {', '.join(FORMATS)}.")] = "portable",
+    max_shard_size: MaxShardSize = "5GB",
+    check: Annotated[
+        bool, typer.Option(help="portable: refuse a model that disagrees with itself; the card shows the table.")
+    ] = True,
+) -> None:
+    """Write a saved model in another format.
+
+    portable loads where multimatrix is not installed; step3 is for engines that know Step3TextForCausalLM.
+    """
+    if format_ not in FORMATS:
+        raise InputError(f"--format must be one of {', '.join(FORMATS)}; got {format_!r}")
+    if format_ != "portable":
+        refuse_beside(ctx, f"--format {format_} copies weights without running them", "check")
+    for line in FORMATS[format_](model, out, byte_count("--max-shard-size", max_shard_size), check):
+        print(line)
 
 
 def _agreement(model: MultimatrixForCausalLM, source: Path) -> list[dict[str, Any]]:
