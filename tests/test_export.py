@@ -172,7 +172,7 @@ def make_full(path: Path) -> None:
     [
         (make_full, [], ["out is not empty"]),
         (make_file, [], ["out is a file"]),
-        (None, ["--format", "gguf"], ["no format 'gguf'", "portable"]),
+        (None, ["--format", "gguf"], ["must be one of portable, step3; got 'gguf'", "portable"]),
     ],
 )
 def test_export_refuses(source, tmp_path, prepare, words, fragments):

@@ -66,7 +66,7 @@ def test_what_the_format_cannot_state_is_refused(case, tmp_path):
 
 def test_a_scaled_rope_is_refused():
     config = our_config()
-    config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
     with pytest.raises(InputError, match="rope_type 'yarn'"):
         to_step3(config)
 
@@ -269,7 +269,7 @@ def test_what_is_there_is_not_overwritten(tmp_path):
     (tmp_path / "file").write_text("mine")
     for name in ("full", "file"):
         sentence = refusal(import_step3, tmp_path / "step3", tmp_path / name, tmp_path=tmp_path)
-        assert "exists and is not an empty folder" in sentence
+        assert "is not empty; name a folder that is not there yet" in sentence
     assert "cannot write" in refusal(import_step3, tmp_path / "step3", tmp_path / "file" / "x", tmp_path=tmp_path)
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
     (tmp_path / "empty").mkdir()
@@ -335,7 +335,7 @@ def test_commands_refuse_in_one_sentence(tmp_path):
             "a size such as 5GB, 500MB or a number of bytes, got 'big'",
         ),
         (("import", folder, out, "--max-shard-size", "0"), "got '0'"),
-        (("import", folder, folder), "exists and is not an empty folder"),
+        (("import", folder, folder), "is not empty; name a folder that is not there yet"),
         (("export", folder, out, "--format", "step3"), "holds a 'step3_text' model, not one of ours"),
         (("export", folder, out, "--format", "gguf"), "got 'gguf'"),
     ]

@@ -56,7 +56,7 @@ def to_step3(config: MultimatrixConfig) -> dict[str, Any]:
         "num_attention_groups": 1,
         "max_seq_len": config.max_position_embeddings,
         "max_position_embedding": config.max_position_embeddings,
-        "rope_theta": config.rope_theta,
+        "rope_theta": config.rope.rope_theta,
         "rms_norm_eps": config.rms_norm_eps,
         # Where a field is left out, loaders fill in the sizes of Step-3 itself.
         **{theirs: getattr(experts, ours, 0) for ours, theirs in EXPERT_FIELDS.items()},
@@ -109,9 +109,11 @@ def _statable_attention(config: MultimatrixConfig) -> MFASpec:
             "Step-3's format does not scale latents; multiply every q_a_norm by sqrt(hidden_size / query_rank) = "
             f"{first.latent_scale(first.query_rank):.6g} and set latent_scaling=false"
         )
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type != "default":
-        raise InputError(f"rope_type {rope_type!r} is not exported to Step-3's format; only 'default' is")
+    if config.rope.rope_type != "default":
+        raise InputError(
+            f"rope_type {config.rope.rope_type!r} is not exported to Step-3's format, only 'default'; set the scaling in "
+            "the engine"
+        )
     _refuse_rounded_sizes(first)
     return first
 

@@ -54,7 +54,7 @@ class MultimatrixConfig(PreTrainedConfig):
     depth_scaled_init: bool = False
     zero_init_output: bool = False
     mixture_of_experts: dict | None = None
-    router_aux_loss_coef: float = 0.01
+    router_aux_loss_coef: float | int = 0.01
     output_router_logits: bool = False
     tie_word_embeddings: bool = False
     use_cache: bool = True
