@@ -66,7 +66,12 @@ def test_what_the_format_cannot_state_is_refused(case, tmp_path):
 
 def test_a_scaled_rope_is_refused():
     config = our_config()
-    config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    config.rope_parameters = {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
     with pytest.raises(InputError, match="rope_type 'yarn'"):
         to_step3(config)
 

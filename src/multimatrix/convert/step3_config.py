@@ -111,7 +111,7 @@ def _statable_attention(config: MultimatrixConfig) -> MFASpec:
         )
     if config.rope.rope_type != "default":
         raise InputError(
-            f"rope_type {config.rope.rope_type!r} is not exported to Step-3's format, only 'default'; set the scaling in "
+            f"rope_type {config.rope.rope_type!r} is not exported to Step-3's format, only 'default'; set it in "
             "the engine"
         )
     _refuse_rounded_sizes(first)
