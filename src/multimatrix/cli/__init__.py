@@ -15,6 +15,7 @@ from multimatrix import __version__
 from multimatrix.cli.capacity import capacity
 from multimatrix.cli.check import check
 from multimatrix.cli.compare import compare
+from multimatrix.cli.evaluate import evaluate
 from multimatrix.errors import InputError
 
 app = typer.Typer(
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-COMMANDS = (capacity, check, compare)
+COMMANDS = (capacity, check, compare, evaluate)
 for command in COMMANDS:
     app.command()(command)
 
