@@ -164,7 +164,7 @@ def _table(title: str, left: int, *headers: str) -> Any:
 
     table = Table(box=None, title=title, title_justify="left", header_style="bold", pad_edge=False)
     for i, header in enumerate(headers):
-        table.add_column(header, justify="left" if i < left else "right", no_wrap=True)
+        table.add_column(header, justify="left" if i < left else "right", overflow="fold")
     return table
 
 
@@ -213,7 +213,7 @@ def _print_tasks(console: Any, tasks: dict[str, Any]) -> None:
             label = metric["metric"] + ("" if metric["filter"] == "none" else f" ({metric['filter']})")
             table.add_row(name, label, _number(metric["value"]), _number(metric["stderr"]), *rows)
     console.print(table)
-    seeds = ", ".join(f"{name.removesuffix('_random_seed')} {seed}" for name, seed in settings["seeds"].items())
+    seeds = ", ".join(f"{name} {seed}" for name, seed in settings["seeds"].items())
     console.print(
         f"lm-eval {settings['lm_eval']}, limit {settings['limit'] or 'none'}, seeds: {seeds}",
         highlight=False,
@@ -237,10 +237,12 @@ def _number(value: float | None) -> str:
 
 
 def _print_perplexity(console: Any, scored: dict[str, Any]) -> None:
-    table = _table("", 1, "text", "documents", "tokens", "bytes", "nats/token", "bits/byte", "perplexity")
+    table = _table(
+        f"perplexity of {scored['text']}", 0, "documents", "tokens", "bytes", "nats/token", "bits/byte", "perplexity"
+    )
     counts = (f"{scored[name]:,}" for name in ("documents", "tokens", "bytes"))
     scores = (_number(scored[name]) for name in ("nats_per_token", "bits_per_byte", "perplexity"))
-    table.add_row(scored["text"], *counts, *scores)
+    table.add_row(*counts, *scores)
     console.print(table)
     console.print(
         f"window {scored['context']:,}, stride {scored['stride']:,}, every document after {scored['prefix']}",

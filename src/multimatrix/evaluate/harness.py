@@ -10,6 +10,7 @@ import difflib
 import logging
 import math
 import os
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -19,6 +20,8 @@ from typing import Any
 import datasets
 import lm_eval
 import lm_eval.tasks
+import numpy as np
+import torch
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -32,6 +35,13 @@ from multimatrix.evaluate.tasks import NAMES, LocalRows
 
 # Resamples behind the standard error of a metric that has no formula for it, such as LAMBADA's perplexity.
 BOOTSTRAP = 1000
+# lm-eval's own seeds.
+SEEDS = {
+    "python": DEFAULT_RANDOM_SEED,
+    "numpy": DEFAULT_OTHER_SEED,
+    "torch": DEFAULT_OTHER_SEED,
+    "fewshot": DEFAULT_OTHER_SEED,
+}
 
 
 class LocalLM(HFLM):
@@ -99,31 +109,22 @@ def run_tasks(
     Raises:
         InputError: a task is unknown, cannot be loaded, or cannot be run with these settings.
     """
-    seeds = {
-        name: default if seed is None else seed
-        for name, default in {
-            "random_seed": DEFAULT_RANDOM_SEED,
-            "numpy_random_seed": DEFAULT_OTHER_SEED,
-            "torch_random_seed": DEFAULT_OTHER_SEED,
-            "fewshot_random_seed": DEFAULT_OTHER_SEED,
-        }.items()
-    }
+    seeds = dict(SEEDS) if seed is None else dict.fromkeys(SEEDS, seed)
     with _quiet():
         manager, chosen = load_tasks(names, data_dir)
         lm = LocalLM(model, tokenizer, context, batch_size)
         for task in _leaves(chosen):
-            _check(task, lm, num_fewshot, max_new_tokens)
-        found = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=[item for items in chosen.values() for item in items],
-            task_manager=manager,
-            num_fewshot=num_fewshot,
+            _configure(task, lm, num_fewshot, max_new_tokens)
+            task.set_fewshot_seed(seeds["fewshot"])
+        random.seed(seeds["python"])
+        np.random.seed(seeds["numpy"])  # noqa: NPY002, the generator that lm-eval draws from
+        torch.manual_seed(seeds["torch"])
+        found = lm_eval.evaluate(
+            lm=lm,
+            task_dict=manager.load([item for items in chosen.values() for item in items]),
             limit=limit,
-            gen_kwargs={"max_gen_toks": max_new_tokens} if max_new_tokens else None,
-            batch_size=batch_size,
             bootstrap_iters=BOOTSTRAP,
             log_samples=False,
-            **seeds,
         )
     return {
         "settings": {
@@ -156,7 +157,7 @@ def load_tasks(names: Sequence[str], data_dir: str | None) -> tuple[TaskManager,
         manager = TaskManager()  # reads ten thousand task files, which takes seconds
     for name in wanted:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, [*NAMES, *manager.all_tasks], n=3)
+            near = difflib.get_close_matches(name, {*NAMES, *manager.all_tasks}, n=3)
             meant = f"did you mean {' or '.join(near)}?" if near else "--tasks list shows some"
             raise InputError(f"lm-eval {metadata.version('lm_eval')} knows no task {name!r}; {meant}")
     rows = LocalRows(data_dir).serve() if data_dir is not None else contextlib.nullcontext()
@@ -176,7 +177,10 @@ def _load(manager: TaskManager, name: str) -> list[Task | Group]:
     except InputError:
         raise
     except (ImportError, AssertionError) as error:  # how a task says that it needs another package
-        raise InputError(f"lm-eval's task {name} needs a package that is not installed: {one_line(error)}") from error
+        raise InputError(
+            f"lm-eval's task {name} needs a package that is not installed: {one_line(error).partition('. ')[0]}; "
+            "pip install 'multimatrix[lm-eval]' brings those of all tasks that --tasks list shows"
+        ) from error
     except Exception as error:  # the hub, a file, a template: each raises in its way
         raise InputError(
             f"lm-eval's task {name} cannot be loaded: {one_line(error)}; its rows come from the hub "
@@ -196,10 +200,15 @@ def _leaves(chosen: dict[str, list[Task | Group]]) -> list[Task]:
     return [task for item in items for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
 
 
-def _check(task: Task, lm: HFLM, num_fewshot: int | None, max_new_tokens: int | None) -> None:
-    """Refuse what lm-eval would only fail on, or quietly do otherwise, after the first requests have run."""
+def _configure(task: Task, lm: HFLM, num_fewshot: int | None, max_new_tokens: int | None) -> None:
+    """Set what was asked for, by lm-eval's rules: a task that has 0 examples of its own keeps 0.
+
+    Raises:
+        InputError: lm-eval would only fail on it after the first requests have run, or quietly do something else.
+    """
     own = task.config.num_fewshot
     shots = own or 0 if num_fewshot is None or own == 0 else num_fewshot
+    task.set_config("num_fewshot", shots)
     if shots:
         config, name = task.config, task.task_name
         evaluated = config.test_split or config.validation_split
@@ -223,6 +232,7 @@ def _check(task: Task, lm: HFLM, num_fewshot: int | None, max_new_tokens: int | 
                 f"{task.task_name} generates up to {tokens} tokens and the context is {lm.max_length}; "
                 f"give --max-new-tokens below {lm.max_length} or a larger --context"
             )
+        task.set_config("generation_kwargs", {"max_gen_toks": tokens}, update=True)
         if tokens != own_tokens and hasattr(task, "differences"):
             task.differences.append(f"at most {tokens} tokens are generated, with lm-eval {own_tokens}")
 
@@ -244,7 +254,8 @@ def _score(item: Task | Group, found: dict[str, Any]) -> dict[str, Any]:
         "num_fewshot": shots.pop() if len(shots) == 1 else sorted(shots),
         "rows": sum(count["effective"] for count in counts),
         "rows_available": sum(count["original"] for count in counts),
-        "data": "local" if files else "hub",
+        "data_set": getattr(leaves[0], "DATASET_PATH", None),
+        "data": "local files" if files else "lm-eval's own",
         "files_sha256": files,
         "differences": differences,
         "metrics": _metrics(found["groups" if group else "results"][name], found["higher_is_better"].get(name, {})),

@@ -75,7 +75,8 @@ def perplexity(
     """Score every token of `documents` once.
 
     Raises:
-        InputError: stride is not in 1, ..., context, the tokenizer has neither bos nor eos, or there is no text.
+        InputError: stride is not in 1, ..., context, the tokenizer has neither bos nor eos, there is no text, or the
+            model gives NaN.
     """
     if not 1 <= stride <= context:
         raise InputError(f"stride must be at least 1 and at most the context of {context} tokens, got {stride}")
@@ -90,6 +91,11 @@ def perplexity(
     tokens = [np.array([prefix, *ids]) for ids in encode(documents, tokenizer)]  # of each document, [1 + T]
     losses = token_losses(model, tokens, context=context, stride=stride, batch_size=batch_size)
     scored = sum(len(loss) for loss in losses)
+    if bad := sum(int((~np.isfinite(loss)).sum()) for loss in losses):
+        raise InputError(
+            f"the loss is not finite at {bad} of {scored} tokens: the weights are damaged, or {model.dtype} cannot "
+            "hold what they give; try --dtype float32"
+        )
     nats = math.fsum(loss.sum() for loss in losses)
     size = sum(len(text.encode()) for text in documents)
     unknown = tokenizer.unk_token_id
@@ -149,7 +155,9 @@ def loss_by_position(losses: Iterable[NDArray[np.float64]]) -> Iterator[Bucket]:
     """Losses of each document, [T] -> buckets whose edges are the powers of two."""
     sums: dict[int, float] = {}
     counts: dict[int, int] = {}
+    longest = 0
     for loss in losses:
+        longest = max(longest, len(loss))
         buckets = np.frexp(np.arange(len(loss)))[1]  # the number of bits of the position
         for bucket in np.unique(buckets).tolist():
             inside = loss[buckets == bucket]
@@ -158,7 +166,7 @@ def loss_by_position(losses: Iterable[NDArray[np.float64]]) -> Iterator[Bucket]:
     for bucket in sorted(counts):
         yield Bucket(
             first=2 ** (bucket - 1) if bucket else 0,
-            last=2**bucket - 1,
+            last=min(2**bucket, longest) - 1,
             tokens=counts[bucket],
             nats_per_token=float(sums[bucket] / counts[bucket]),
         )

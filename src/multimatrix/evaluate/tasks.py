@@ -150,6 +150,7 @@ NAMES: dict[str, Known] = {
     "arc_challenge": Known("arc_challenge", "arc", ("allenai/ai2_arc", "ARC-Challenge")),
     "lambada": Known("lambada_openai", "lambada", ("EleutherAI/lambada_openai", "default")),
     "math500": Known("minerva_math500", "minerva_math", ("HuggingFaceH4/MATH-500", None)),
+    "hendrycks_math500": Known("hendrycks_math500", "hendrycks_math", ("HuggingFaceH4/MATH-500", None)),
 }
 
 
