@@ -495,6 +495,36 @@ def test_mmlu_is_the_mean_over_rows(bench, tokenizer) -> None:
     assert mean != pytest.approx(sum(value for value, _ in scores.values()) / 57, abs=1e-4)
 
 
+def test_examples_and_seed_reach_the_model(bench, tokenizer, tmp_path, monkeypatch) -> None:
+    write(tmp_path, "arc_easy_test", ROWS["arc_easy_test"])
+    train = [ai2(f"t{i}", f"Which is {i}?", ["a", "b", "c", "d"], "ABCD"[i % 4]) for i in range(20)]
+    write(tmp_path, "arc_easy_train", train)
+    asked: list[str] = []
+
+    def loglikelihood(self, requests, **kwargs):
+        asked.extend(request.args[0] for request in requests)
+        return [(-1.0, False) for _ in requests]
+
+    monkeypatch.setattr(LocalLM, "loglikelihood", loglikelihood)
+    model = decoder("mha")
+    contexts = {}
+    for label, seed in {"first": 5, "again": 5, "other": 6, "default": None}.items():
+        settings = {"context": 1024, "data_dir": str(tmp_path), "num_fewshot": 2, "seed": seed}
+        found = run_tasks(model, tokenizer, ["arc_easy"], **settings)
+        assert found["scores"]["arc_easy"]["num_fewshot"] == 2
+        assert found["scores"]["arc_easy"]["differences"] == ["3 of the 2,376 rows that the hub has"]
+        contexts[label], asked[:] = list(asked), []
+    assert contexts["first"] == contexts["again"] != contexts["other"]
+    (task,) = leaves(load_tasks(["arc_easy"], str(tmp_path))[1])
+    assert contexts["default"] == [request[1][0] for request in rendered(task, num_fewshot=2)["requests"]]
+
+    write(tmp_path, "arc_easy_dev", train)
+    (tmp_path / "arc_easy_train.jsonl").unlink()
+    found = run_tasks(model, tokenizer, ["arc_easy"], context=1024, data_dir=str(tmp_path), num_fewshot=2)
+    note = "the 2 examples come from the validation rows, with lm-eval from train"
+    assert note in found["scores"]["arc_easy"]["differences"]
+
+
 def test_truncated_requests_are_counted(bench, tokenizer) -> None:
     model = decoder("mfa", max_position_embeddings=64)
     found = run_tasks(model, tokenizer, ["openbookqa", "boolq"], context=52, data_dir=str(bench), batch_size=4)
