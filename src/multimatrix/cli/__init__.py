@@ -15,6 +15,7 @@ from multimatrix import __version__
 from multimatrix.cli.capacity import capacity
 from multimatrix.cli.check import check
 from multimatrix.cli.compare import compare
+from multimatrix.cli.evaluate import evaluate
 from multimatrix.cli.export import export
 from multimatrix.cli.import_ import import_
 from multimatrix.errors import InputError
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-COMMANDS = (capacity, check, compare, import_, export)
+COMMANDS = (capacity, check, compare, evaluate, import_, export)
 for command in COMMANDS:
     app.command(command.__name__.strip("_"))(command)  # `import` is no name for a function
 
@@ -39,7 +40,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")
     try:
         try:
-            app()
+            app(prog_name="multimatrix")
         finally:
             sys.stdout.flush()
     except InputError as error:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from multimatrix.cli.options import Json, Position, Sizes, refuse_beside
+from multimatrix.cli.options import Json, Position, Sizes, check_device, refuse_beside
 from multimatrix.errors import InputError
 
 
@@ -29,7 +29,6 @@ def check(
         raise InputError("give either the folder of a saved model or --variant NAME")
     if model is not None:
         refuse_beside(ctx, "a saved model has sizes of its own", "hidden_size", "head_dim", "position", "sizes")
-    import torch
     from transformers.utils import logging
 
     from multimatrix.attention.sizes import specs_from_labels
@@ -41,10 +40,7 @@ def check(
     precisions = {str(known).removeprefix("torch."): known for known in agreement.TOLERANCES}
     if dtype not in precisions:
         raise InputError(f"dtype must be one of {', '.join(precisions)}; got {dtype!r}")
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    check_device(device)
     if variant is not None:
         specs = specs_from_labels(
             [variant], hidden_size=hidden_size, head_dim=head_dim, overrides=sizes or (), position=position

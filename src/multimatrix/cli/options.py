@@ -27,6 +27,24 @@ def refuse_beside(ctx: typer.Context, fact: str, *names: str) -> None:
             raise InputError(f"{fact}, which {option.opts[0]} cannot change; leave one of them out")
 
 
+def refuse_without(ctx: typer.Context, needed: str, *names: str) -> None:
+    """InputError where an option was given that has no effect because `needed` was not."""
+    for option in ctx.command.params:
+        source = ctx.get_parameter_source(option.name) if option.name in names else None
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError(f"{option.opts[0]} has no effect without {needed}; give both or leave it out")
+
+
+def check_device(device: str) -> None:
+    """InputError unless a tensor can be made on this device."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
 def split_labels(text: str) -> list[str]:
     """`mha, mfa` -> ["mha", "mfa"]."""
     return [label.strip() for label in text.split(",") if label.strip()]

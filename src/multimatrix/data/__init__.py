@@ -1,7 +1,7 @@
 """Text in, blocks of tokens out: corpora, tokenizers, packing."""
 
-from multimatrix.data.corpus import Corpus, load_corpus
+from multimatrix.data.corpus import Corpus, load_corpus, read_documents
 from multimatrix.data.packing import BlockDataset, PackedText, pack
 from multimatrix.data.tokenizer import load_tokenizer
 
-__all__ = ["BlockDataset", "Corpus", "PackedText", "load_corpus", "load_tokenizer", "pack"]
+__all__ = ["BlockDataset", "Corpus", "PackedText", "load_corpus", "load_tokenizer", "pack", "read_documents"]

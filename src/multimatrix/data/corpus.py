@@ -70,23 +70,11 @@ def load_corpus(sources: Sequence[str] = (), *, validation_fraction: float = 0.1
         InputError: a source cannot be read or means nothing, there are fewer than two different documents, or
             `validation_fraction` is out of range.
     """
-    if isinstance(sources, str):
-        sources = (sources,)
     if not 0 < validation_fraction <= 0.5:
         raise InputError(f"validation_fraction must be above 0 and at most 0.5, got {validation_fraction}")
-
-    names: list[str] = []
-    found: list[str] = []
-    for source in sources or (STDLIB,):
-        name, documents = _read_source(source)
-        names.append(name)
-        found.extend(text for text in documents if text.strip())
-    name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
+    name, found = read_documents(sources)
     documents = _without_duplicates(found)
     duplicates = len(found) - len(documents)
-    if not documents:
-        raise InputError(f"{name} holds no text: no document in it has more than white space")
     if len(documents) == 1:
         dropped = f" ({duplicates} more had the same text)" if duplicates else ""
         raise InputError(
@@ -104,6 +92,28 @@ def load_corpus(sources: Sequence[str] = (), *, validation_fraction: float = 0.1
         validation=tuple(text for i, text in enumerate(documents) if i in held_out),
         duplicates=duplicates,
     )
+
+
+def read_documents(sources: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """The name of `sources`, which are those of `load_corpus`, and their documents as they come.
+
+    Documents of white space alone are left out.
+
+    Raises:
+        InputError: a source cannot be read or means nothing, or there is no text.
+    """
+    if isinstance(sources, str):
+        sources = (sources,)
+    names: list[str] = []
+    found: list[str] = []
+    for source in sources or (STDLIB,):
+        name, documents = _read_source(source)
+        names.append(name)
+        found.extend(text for text in documents if text.strip())
+    name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    if not found:
+        raise InputError(f"{name} holds no text: no document in it has more than white space")
+    return name, found
 
 
 def _hash(text: str) -> bytes:
@@ -197,7 +207,7 @@ def _format(path: Path) -> str | None:
 
 
 def _read_file(path: Path, field: str) -> Iterable[str]:
-    data = _decompress(path)
+    data = read_bytes(path)
     if _format(path) == ".parquet":
         return _read_parquet(path, data, field)
     try:
@@ -208,7 +218,12 @@ def _read_file(path: Path, field: str) -> Iterable[str]:
     return _read_jsonl(path, text, field) if _format(path) == ".jsonl" else [text]
 
 
-def _decompress(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """What the file holds, unpacked if its name ends in .gz, .xz or .zst.
+
+    Raises:
+        InputError: it cannot be read, is damaged or is cut short.
+    """
     try:
         data = path.read_bytes()
         match path.suffix.lower():

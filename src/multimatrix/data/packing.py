@@ -62,8 +62,8 @@ def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, context: int) -> Pa
         raise InputError(f"context must be at least 2, to have a next token to predict, got {context}")
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no eos token to end documents with; get it from load_tokenizer")
-    train = _encode(corpus.train, tokenizer)  # [tokens]
-    validation = _encode(corpus.validation, tokenizer)  # [tokens]
+    train = _joined(corpus.train, tokenizer)  # [tokens]
+    validation = _joined(corpus.validation, tokenizer)  # [tokens]
     return PackedText(
         train=_cut(train, context, "train"),
         validation=_cut(validation, context, "validation"),
@@ -72,8 +72,11 @@ def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, context: int) -> Pa
     )
 
 
-def _encode(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int32]:
-    parts: list[NDArray[np.int32]] = []
+def encode(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
+    """The token ids of each document, without bos and eos.
+
+    Special tokens written out in a text are encoded as the characters they are.
+    """
     for batch in _batches(documents):
         encoded = tokenizer(
             batch,
@@ -84,8 +87,13 @@ def _encode(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> NDA
             return_attention_mask=False,
             verbose=False,
         )
-        parts.extend(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded["input_ids"])
-    return np.concatenate(parts)  # [tokens]
+        yield from encoded["input_ids"]
+
+
+def _joined(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int32]:
+    return np.concatenate(
+        [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encode(documents, tokenizer)]
+    )  # [tokens]
 
 
 def _batches(documents: Sequence[str]) -> Iterator[list[str]]:

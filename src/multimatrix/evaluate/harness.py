@@ -1,0 +1,304 @@
+"""lm-evaluation-harness on a loaded model: benchmarks with the settings that make a score comparable.
+
+Everything that decides a score is lm-eval's own: see `multimatrix.evaluate.tasks` for where the rows come from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import math
+import os
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import lm_eval.tasks
+import numpy as np
+import torch
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from multimatrix.errors import InputError, one_line
+from multimatrix.evaluate.tasks import NAMES, LocalRows
+
+# Resamples behind the standard error of a metric that has no formula for it, such as LAMBADA's perplexity.
+BOOTSTRAP = 1000
+# lm-eval's own seeds.
+SEEDS = {
+    "python": DEFAULT_RANDOM_SEED,
+    "numpy": DEFAULT_OTHER_SEED,
+    "torch": DEFAULT_OTHER_SEED,
+    "fewshot": DEFAULT_OTHER_SEED,
+}
+
+
+class LocalLM(HFLM):
+    """lm-eval's model around a loaded one; counts the requests that lost tokens on the left, and refuses what breaks.
+
+    Raises:
+        InputError: a continuation is longer than the context.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, context: int, batch_size: int
+    ) -> None:
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, backend="causal", max_length=context, batch_size=batch_size
+        )
+        self.requests = 0
+        self.truncated = 0
+
+    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        self.requests += len(requests)
+        self.truncated += sum(len(before) + len(after) > self.max_length + 1 for _, before, after in requests)
+        longest = max((len(after) for *_, after in requests), default=0)
+        if longest > self.max_length:
+            raise InputError(
+                f"an answer of the tasks has {longest} tokens and the context {self.max_length}; "
+                f"give --context {longest} or more, if the model can see that far"
+            )
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def tok_batch_encode(
+        self, strings: Any, padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        if left_truncate_len is None:
+            return ids, mask
+        self.requests += len(ids)
+        self.truncated += int((mask.sum(-1) > left_truncate_len).sum())
+        return ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    names: Sequence[str],
+    *,
+    context: int,
+    data_dir: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 8,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Scores of a model, and everything they depend on, ready to be written as JSON.
+
+    Args:
+        names: of `NAMES`, or any task, group or tag that lm-eval knows.
+        context: tokens the model may see; longer prompts lose their beginning.
+        data_dir: folder with the rows; None lets lm-eval fetch them.
+        limit: first rows of each task, and of each subtask of a group.
+        num_fewshot: examples before each question; None for lm-eval's own number.
+        max_new_tokens: of tasks that generate; None for lm-eval's own number.
+        seed: of everything random; None for lm-eval's defaults.
+
+    Raises:
+        InputError: a task is unknown, cannot be loaded, or cannot be run with these settings.
+    """
+    seeds = dict(SEEDS) if seed is None else dict.fromkeys(SEEDS, seed)
+    with _quiet():
+        manager, chosen = load_tasks(names, data_dir)
+        lm = LocalLM(model, tokenizer, context, batch_size)
+        for task in _leaves(chosen):
+            _configure(task, lm, num_fewshot, max_new_tokens)
+            task.set_fewshot_seed(seeds["fewshot"])
+        random.seed(seeds["python"])
+        np.random.seed(seeds["numpy"])  # noqa: NPY002, the generator that lm-eval draws from
+        torch.manual_seed(seeds["torch"])
+        found = lm_eval.evaluate(
+            lm=lm,
+            task_dict=manager.load([item for items in chosen.values() for item in items]),
+            limit=limit,
+            bootstrap_iters=BOOTSTRAP,
+            log_samples=False,
+        )
+    return {
+        "settings": {
+            "lm_eval": metadata.version("lm_eval"),
+            "limit": limit,
+            "num_fewshot": num_fewshot,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "context": context,
+            "data_dir": data_dir,
+            "seeds": seeds,
+        },
+        "requests": lm.requests,
+        "truncated_requests": lm.truncated,
+        "scores": {_name(item): _score(item, found) for items in chosen.values() for item in items},
+    }
+
+
+def load_tasks(names: Sequence[str], data_dir: str | None) -> tuple[TaskManager, dict[str, list[Task | Group]]]:
+    """What lm-eval calls by each name: one task, one group, or the tasks of a tag; rows from `data_dir` if given.
+
+    Raises:
+        InputError: a name is unknown or given twice, or a task cannot be loaded.
+    """
+    root = Path(lm_eval.tasks.__file__).parent
+    folders = sorted({root / known.folder for known in NAMES.values()})
+    manager = TaskManager(include_defaults=False, include_path=folders)
+    wanted = [NAMES[name].task if name in NAMES else name for name in names]
+    if not set(wanted) <= set(manager.all_tasks):
+        manager = TaskManager()  # reads ten thousand task files, which takes seconds
+    for name in wanted:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, {*NAMES, *manager.all_tasks}, n=3)
+            meant = f"did you mean {' or '.join(near)}?" if near else "--tasks list shows some"
+            raise InputError(f"lm-eval {metadata.version('lm_eval')} knows no task {name!r}; {meant}")
+    rows = LocalRows(data_dir).serve() if data_dir is not None else contextlib.nullcontext()
+    chosen: dict[str, list[Task | Group]] = {}
+    with rows:
+        for name in wanted:
+            chosen[name] = _load(manager, name)
+    seen = [task.task_name for task in _leaves(chosen)]
+    if twice := sorted({name for name in seen if seen.count(name) > 1} or {n for n in wanted if wanted.count(n) > 1}):
+        raise InputError(f"the task {twice[0]} is asked for more than once; name it once")
+    return manager, chosen
+
+
+def _load(manager: TaskManager, name: str) -> list[Task | Group]:
+    try:
+        loaded = manager.load(name)
+    except InputError:
+        raise
+    except (ImportError, AssertionError) as error:  # how a task says that it needs another package
+        raise InputError(
+            f"lm-eval's task {name} needs a package that is not installed: {one_line(error).partition('. ')[0]}; "
+            "pip install 'multimatrix[lm-eval]' brings those of all tasks that --tasks list shows"
+        ) from error
+    except Exception as error:  # the hub, a file, a template: each raises in its way
+        raise InputError(
+            f"lm-eval's task {name} cannot be loaded: {one_line(error)}; its rows come from the hub "
+            "unless --data-dir holds them"
+        ) from error
+    if name in loaded["groups"]:
+        return [loaded["groups"][name]]
+    return list(loaded["tasks"].values())
+
+
+def _name(item: Task | Group) -> str:
+    return item.name if isinstance(item, Group) else item.task_name
+
+
+def _leaves(chosen: dict[str, list[Task | Group]]) -> list[Task]:
+    items = [item for items in chosen.values() for item in items]
+    return [task for item in items for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
+
+
+def _configure(task: Task, lm: HFLM, num_fewshot: int | None, max_new_tokens: int | None) -> None:
+    """Set what was asked for, by lm-eval's rules: a task that has 0 examples of its own keeps 0.
+
+    Raises:
+        InputError: lm-eval would only fail on it after the first requests have run, or quietly do something else.
+    """
+    own = task.config.num_fewshot
+    shots = own or 0 if num_fewshot is None or own == 0 else num_fewshot
+    task.set_config("num_fewshot", shots)
+    if shots:
+        config, name = task.config, task.task_name
+        evaluated = config.test_split or config.validation_split
+        fixed = task.fewshot_cfg.samples is not None
+        split = task.fewshot_cfg.split or config.training_split or config.validation_split or config.test_split
+        if hasattr(task, "local_files") and not fixed:
+            if split not in task.dataset or split == evaluated:
+                raise InputError(
+                    f"the data folder has no rows that the {shots} examples of {name} can come from; "
+                    "put the training rows there or give --num-fewshot 0"
+                )
+            if split != task.fewshot_cfg.split and split != "train":
+                task.differences.append(f"the {shots} examples come from the {split} rows, with lm-eval from train")
+        if shots > (available := len(list(task.fewshot_docs()))):
+            raise InputError(f"{name} has {available} rows for examples; give --num-fewshot of at most {available}")
+    if task.OUTPUT_TYPE == "generate_until":
+        own_tokens = task.config.generation_kwargs.get("max_gen_toks", lm.max_gen_toks)
+        tokens = max_new_tokens or own_tokens
+        if tokens >= lm.max_length:
+            raise InputError(
+                f"{task.task_name} generates up to {tokens} tokens and the context is {lm.max_length}; "
+                f"give --max-new-tokens below {lm.max_length} or a larger --context"
+            )
+        task.set_config("generation_kwargs", {"max_gen_toks": tokens}, update=True)
+        if tokens != own_tokens and hasattr(task, "differences"):
+            task.differences.append(f"at most {tokens} tokens are generated, with lm-eval {own_tokens}")
+
+
+def _score(item: Task | Group, found: dict[str, Any]) -> dict[str, Any]:
+    """One task's or group's entry in the results."""
+    group = isinstance(item, Group)
+    name = _name(item)
+    leaves = item.get_all_tasks() if group else [item]
+    counts = [found["n-samples"][task.task_name] for task in leaves]
+    shots = {found["n-shot"][task.task_name] for task in leaves}
+    files: dict[str, str] = {}
+    differences: list[str] = []
+    for task in leaves:
+        files |= getattr(task, "local_files", {})
+        differences += [text for text in getattr(task, "differences", []) if text not in differences]
+    entry = {
+        "version": found["versions"].get(name),
+        "num_fewshot": shots.pop() if len(shots) == 1 else sorted(shots),
+        "rows": sum(count["effective"] for count in counts),
+        "rows_available": sum(count["original"] for count in counts),
+        "data_set": getattr(leaves[0], "DATASET_PATH", None),
+        "data": "local files" if files else "lm-eval's own",
+        "files_sha256": files,
+        "differences": differences,
+        "metrics": _metrics(found["groups" if group else "results"][name], found["higher_is_better"].get(name, {})),
+    }
+    if group:
+        entry["subtasks"] = {task.task_name: _score(task, found) for task in leaves}
+    return entry
+
+
+def _metrics(numbers: dict[str, Any], higher_is_better: dict[str, bool]) -> list[dict[str, Any]]:
+    """lm-eval writes "acc,none" and "acc_stderr,none"."""
+    rows = []
+    for key, value in numbers.items():
+        metric, comma, filter_ = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            rows.append(
+                {
+                    "metric": metric,
+                    "filter": filter_,
+                    "value": _finite(value),
+                    "stderr": _finite(numbers.get(f"{metric}_stderr,{filter_}")),
+                    "higher_is_better": higher_is_better.get(metric),
+                }
+            )
+    return rows
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Errors only from lm-eval, its prints to stderr, no bars from datasets, and no processes for a bootstrap."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        del os.environ["DISABLE_MULTIPROC"]
+        datasets.enable_progress_bars()
+        logger.setLevel(level)
