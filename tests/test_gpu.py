@@ -109,6 +109,7 @@ def test_generate_compiles_one_decode_step(name):
     """transformers compiles decoding on a static cache by itself, with CUDA graphs."""
     model = random_model(DECODERS[name], torch.float32).cuda()
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    torch._dynamo.reset()
     for prompt in (random_ids(2, 7), random_ids(2, 5)):
         ids = prompt.cuda()
         mask = torch.ones_like(ids)

@@ -132,7 +132,8 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-@dataclass(frozen=True)
+# Compared by identity: the compiler of torch 2.11 asks a callable for its hash before its tensors exist.
+@dataclass(frozen=True, eq=False)
 class Rotation:
     """R at some positions, ready to be applied: `rope(x)` turns x, `rope.inverse(x)` turns it back.
 
