@@ -78,11 +78,11 @@ def plain_decode_attention(
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `decode_attention` computes, in plain torch; arguments and results are the same."""
-    batch, heads, tokens, _ = q.shape
+    batch, _, tokens, _ = q.shape
     if block_table is not None:
         key, value = _unpaged(key, block_table), None if value is None else _unpaged(value, block_table)
         if scales is not None and scales[0].dim() > 1:
-            scales = tuple(_unpaged(scale_[..., None], block_table).squeeze(-1) for scale_ in scales)  # type: ignore
+            scales = tuple(_unpaged(scale_[..., None], block_table).squeeze(-1) for scale_ in scales)
     groups, slots = key.shape[1], key.shape[2]
     lengths = torch.as_tensor(lengths, device=q.device).expand(batch)  # [B]
     n = torch.arange(slots, device=q.device)
@@ -126,7 +126,7 @@ def plain_decode_attention(
 
 
 def _unpaged(pages: Tensor, block_table: Tensor) -> Tensor:
-    """Pages [P, G, page, D] -> [B, G, S, D] in the order of the table; entries past a sequence's end may be anything."""
+    """Pages [P, G, page, D] -> [B, G, S, D] in the order of the table, whose entries past the end may be anything."""
     table = block_table.long().clamp(0, pages.shape[0] - 1)
     return pages[table].transpose(1, 2).flatten(2, 3)
 
@@ -186,15 +186,15 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q . keys) values over a cache, by the Triton kernel.
 
-    q: [B, N, T, D], T new tokens of each sequence, 1 to 8; their keys are in the cache. key: [B, G, S, D], N a multiple of
-    G, or pages [P, G, page, D] where `block_table`, int32 [B, pages], says which pages hold a sequence, in order. value:
-    likewise, [.., V], for source "own". Rows of all three lie together in memory; other strides are free. lengths: tokens of every
-    sequence, the new ones included, int32 [B] or [1], or one number for all; 0 gives zeros. A cache in e4m3 has
-    scales of key and value, float32, see `ops.fp8`. source, value_dim: where values are read, see
-    `attention.gmha.ValueSource`; "unrotated" needs `rotation`. mask: boolean [B or 1, 1, T, S], True is seen. slopes:
-    float32 [N], adds slope * (slot - slot of the query), ALiBi. window: a query sees itself and window - 1 slots before
-    it. sinks: [N], a logit without a value in every softmax. num_splits: into how many runs a sequence is cut; None to fill the
-    device. A fixed number gives results that do not depend on the batch.
+    q: [B, N, T, D], T new tokens of each sequence, 1 to 8; their keys are in the cache. key: [B, G, S, D], N a multiple
+    of G, or pages [P, G, page, D] where `block_table`, int32 [B, pages], says which pages hold a sequence, in order.
+    value: likewise, [.., V], for source "own". Rows of all three lie together in memory; other strides are free.
+    lengths: tokens of every sequence, the new ones included, int32 [B] or [1], or one number for all; 0 gives zeros.
+    source, value_dim: where values are read, see `attention.gmha.ValueSource`; "unrotated" needs `rotation`. mask:
+    boolean [B or 1, 1, T, S], True is seen. slopes: float32 [N], adds slope * (slot - slot of the query), ALiBi. window:
+    a query sees itself and window - 1 slots before it. sinks: [N], a logit without a value in every softmax. scales: of
+    key and value of a cache in e4m3, float32, see `ops.fp8`. num_splits: into how many runs a sequence is cut; None to
+    fill the device. A fixed number gives results that do not depend on the batch.
 
     Nothing waits for the device, and what is chosen here depends on shapes alone: a call can be captured in a CUDA
     graph and replayed with other lengths up to S.
@@ -260,18 +260,59 @@ def _decode_op(
     value_scale: Tensor | None,
     num_splits: int | None,
 ) -> tuple[Tensor, Tensor]:
+    plan = plan_of(q, key, value, source, value_dim, rotary_dim)
+    if num_splits is None:
+        slots = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
+        rows = q.shape[1] // key.shape[1] * q.shape[2]
+        programs = q.shape[0] * key.shape[1] * -(-rows // plan.block_rows)
+        num_splits = split_count(programs, slots, plan, q.device)
+    tables, scales = (origin, local), (key_scale, value_scale)
+    return launch(
+        plan,
+        num_splits,
+        q,
+        key,
+        value,
+        lengths,
+        length,
+        scale,
+        tables,
+        block_table,
+        mask,
+        slopes,
+        window,
+        sinks,
+        scales,
+    )
+
+
+def launch(
+    plan: Plan,
+    num_splits: int,
+    q: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    lengths: Tensor | None,
+    length: int,
+    scale: float,
+    tables: tuple[Tensor | None, Tensor | None] = (None, None),
+    block_table: Tensor | None = None,
+    mask: Tensor | None = None,
+    slopes: Tensor | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor]:
+    """Both kernels by this plan; arguments as in `decode_attention`, tables of `SlotRotation.tiles` for its tile."""
     triton_kernels = kernels()
     assert triton_kernels is not None
     import triton
 
     batch, heads, tokens, _ = q.shape
     groups, page = key.shape[1], 0 if block_table is None else key.shape[2]
-    slots = key.shape[2] if block_table is None else block_table.shape[1] * page
-    plan = plan_of(q, key, value, source, value_dim, rotary_dim)
     rows = heads // groups * tokens
     blocks = triton.cdiv(rows, plan.block_rows)
-    if num_splits is None:
-        num_splits = split_count(batch * groups * blocks, slots, plan, q.device)
+    (origin, local), (key_scale, value_scale) = tables, scales
     direct = num_splits == 1
     width = plan.value_width
     out = q.new_empty(batch, heads, tokens, width)
@@ -331,7 +372,7 @@ def _decode_op(
         num_stages=plan.stages,
     )
     if not direct:
-        block = min(128, triton.next_power_of_2(width))
+        block = min(32, triton.next_power_of_2(width))
         triton_kernels.combine_kernel[(rows, triton.cdiv(width, block), batch * groups)](
             part,
             part_lse,
@@ -345,7 +386,7 @@ def _decode_op(
             num_splits,
             WIDTH=width,
             BLOCK_V=block,
-            BLOCK_S=min(16, triton.next_power_of_2(num_splits)),
+            BLOCK_S=triton.next_power_of_2(num_splits),
             HAS_SINKS=sinks is not None,
             num_warps=4,
         )
@@ -353,11 +394,11 @@ def _decode_op(
 
 
 @_decode_op.register_fake
-def _(
-    q: Tensor, key: Tensor, value: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, key: Tensor, value: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     source, value_dim = rest[3], rest[4]
-    width = value.shape[-1] if source == "own" and value is not None else value_dim if source == "slice" else key.shape[-1]
+    width = (
+        value.shape[-1] if source == "own" and value is not None else value_dim if source == "slice" else key.shape[-1]
+    )
     return q.new_empty(*q.shape[:3], width), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -400,9 +441,7 @@ class Plan:
         }
 
 
-def plan_of(
-    q: Tensor, key: Tensor, value: Tensor | None, source: str, value_dim: int | None, rotary_dim: int
-) -> Plan:
+def plan_of(q: Tensor, key: Tensor, value: Tensor | None, source: str, value_dim: int | None, rotary_dim: int) -> Plan:
     """The plan of a call; it depends on shapes and dtypes alone."""
     dim = key.shape[-1]
     value_width = value.shape[-1] if source == "own" and value is not None else 0

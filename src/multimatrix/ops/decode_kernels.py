@@ -13,8 +13,8 @@ wide as a power of two allows:
     SLICE   the slice, the rest                  the first chunk
     ROTATE  two halves of the rotated part, rest the chunks before rotation
 
-ROTATE turns a tile's keys for the scores and leaves them plain for the values. The rotation at slot t0 + d is R_t0 R_d: R_d
-of a tile is a table that stays in registers, R_t0 is one row read per tile; no cosine is read per cached token.
+ROTATE turns a tile's keys for the scores and leaves them plain for the values. The rotation at slot t0 + d is R_t0 R_d:
+R_d of a tile is a table that stays in registers, R_t0 is one row read per tile; no cosine is read per cached token.
 
 Values outside a sequence are never read: their memory may hold anything.
 """
@@ -324,28 +324,21 @@ def combine_kernel(
     head = group * heads + row // tokens
     token = row % tokens
 
-    base = ((batch * groups + group) * num_splits).to(tl.int64) * rows + row
-    top = float("-inf")
-    for s in range(0, num_splits, BLOCK_S):
-        splits = s + tl.arange(0, BLOCK_S)
-        sums = tl.load(part_lse + base + splits.to(tl.int64) * rows, mask=splits < num_splits, other=float("-inf"))
-        top = tl.maximum(top, tl.max(sums, 0))
+    # All splits at once: what this kernel takes is latency, two loads in a row.
+    splits = tl.arange(0, BLOCK_S)
+    at = ((batch * groups + group) * num_splits + splits).to(tl.int64) * rows + row
+    sums = tl.load(part_lse + at, mask=splits < num_splits, other=float("-inf"))
+    top = tl.max(sums, 0)
     if HAS_SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2E
         top = tl.maximum(top, sink)
     shift = tl.where(top == float("-inf"), 0.0, top)
-
-    total = 0.0
-    acc = tl.zeros([BLOCK_V], tl.float32)
-    for s in range(0, num_splits, BLOCK_S):
-        splits = s + tl.arange(0, BLOCK_S)
-        at = base + splits.to(tl.int64) * rows
-        weights = tl.exp2(tl.load(part_lse + at, mask=splits < num_splits, other=float("-inf")) - shift)
-        # A split that saw nothing wrote nothing.
-        wrote = (weights > 0)[:, None] & (column < WIDTH)[None, :]
-        parts = tl.load(part + at[:, None] * WIDTH + column[None, :], mask=wrote, other=0.0)
-        acc += tl.sum(parts * weights[:, None], 0)
-        total += tl.sum(weights, 0)
+    weights = tl.exp2(sums - shift)
+    # A split that saw nothing wrote nothing.
+    wrote = (sums > float("-inf"))[:, None] & (column < WIDTH)[None, :]
+    parts = tl.load(part + at[:, None] * WIDTH + column[None, :], mask=wrote, other=0.0)
+    acc = tl.sum(parts * weights[:, None], 0)
+    total = tl.sum(weights, 0)
     if HAS_SINKS:
         total += tl.exp2(sink - shift)
     acc = tl.where(total > 0, acc / total, 0.0)

@@ -1,9 +1,9 @@
 """FP8 caches: e4m3 numbers with scales, x = scale * data.
 
-Bytes: data is `torch.float8_e4m3fn` in the shape of the tensor, one byte an element; scales are float32 beside it, one for
-every token of every key head, [..., S] for data [..., S, D], or one for the whole tensor, [1]. With one scale a token, a
-token of D elements costs D + 4 bytes a head. The largest e4m3 number is 448, and it has three bits after the point: the
-relative error of an element is at most 1/16 down to 2^-6 of the scale and grows below it.
+Bytes: data is `torch.float8_e4m3fn` in the shape of the tensor, one byte an element; scales are float32 beside it, one
+for every token of every key head, [..., S] for data [..., S, D], or one for the whole tensor, [1]. With one scale a
+token, a token of D elements costs D + 4 bytes a head. The largest e4m3 number is 448, and it has three bits after the
+point: the relative error of an element is at most 1/16 down to 2^-6 of the scale and grows below it.
 """
 
 from __future__ import annotations
