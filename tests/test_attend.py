@@ -39,7 +39,7 @@ def test_without_a_mask_the_queries_are_the_last_tokens():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="no attention backend 'fast'; choose auto, eager, sdpa"):
+    with pytest.raises(ValueError, match="no attention backend 'fast'; choose auto, triton, eager, sdpa"):
         attend(*tensors(), scale=1.0, backend="fast")
 
 

@@ -13,6 +13,7 @@ from transformers import cache_utils
 from multimatrix.attention.gmha import AttentionSpec
 from multimatrix.ops.alibi import alibi_slopes
 from multimatrix.ops.attend import attend
+from multimatrix.ops.decode import SlotRotation
 from multimatrix.ops.rotary import RopeParameters, Rotation
 
 if TYPE_CHECKING:
@@ -97,16 +98,14 @@ class Attention(nn.Module):
         if spec.has_expanded_form and latents[0].shape[2] == tokens > 1:
             o = run(q, spec.expand(self, latents, rope))
         else:
-            source, slots = spec.cache.source, latents[0].shape[2]
-            slot_rope = None
-            if source == "unrotated":
-                slot_rope = rope if slots == tokens else rotary.slots(spec, slots)
             o = run(
                 spec.absorb(self, q),
                 latents,
-                source=source,
+                source=spec.cache.source,
                 value_dim=spec.cached_head_dims[1],
-                slot_rope=slot_rope,
+                slot_rope=functools.partial(rotary.slots, spec),
+                rotation=SlotRotation(rotary.parameters, spec.rope_dim, spec.rope_blocks),
+                lengths=rotary.length,
             )
             o = spec.restore(self, o, rope)
         return spec.emit(self, o)
@@ -128,6 +127,7 @@ class RotaryTables:
 
     def __init__(self, positions: Tensor, dtype: torch.dtype, parameters: RopeParameters | None = None) -> None:
         self.positions = positions
+        self.length = (positions[-1:] + 1).to(torch.int32)  # [1], slots that are filled
         self.dtype = dtype
         self.parameters = parameters if parameters is not None else RopeParameters()
         self._tables: dict[tuple[int, int, int], Rotation] = {}

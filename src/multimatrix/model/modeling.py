@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -21,7 +22,7 @@ from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
 )
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -34,6 +35,13 @@ from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.feed_forward import SwiGLU
 from multimatrix.model.masks import within_documents
 from multimatrix.model.mixture import Experts, MixtureOfExperts, load_balancing_loss, share_of_step
+
+# `attn_implementation` -> backend of `ops.attend`; others let it choose. The names of ours demand the decode kernel, or
+# do without it.
+BACKENDS = {"eager": "eager", "multimatrix_triton": "triton", "multimatrix_sdpa": "sdpa"}
+for name in BACKENDS.keys() - {"eager"}:
+    AttentionInterface.register(name, sdpa_attention_forward)  # only the name is used, and the kind of mask
+    AttentionMaskInterface.register(name, sdpa_mask)
 
 # What transformers calls the cache, in outputs and in its own functions: "past_key_values" before 5.24.
 CACHE = (
@@ -223,7 +231,7 @@ class MultimatrixModel(MultimatrixPreTrainedModel):
             slots = cache.get_mask_sizes(x.shape[1], 0)[0] if cache is not None else x.shape[1]
             mask = within_documents(mask, position_ids, attention_mask, positions, slots)
         # "sdpa" is what transformers sets where nobody chose.
-        backend = "eager" if self.config._attn_implementation == "eager" else "auto"
+        backend = BACKENDS.get(str(self.config._attn_implementation), "auto")
         router_logits = []
         for layer in self.layers:
             x, routed = layer(x, rotary, mask, cache=cache, backend=backend)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from multimatrix.ops.alibi import alibi_bias
+from multimatrix.ops.decode import SlotRotation, decode_attention, why_not
 
 if TYPE_CHECKING:
     from multimatrix.attention.gmha import ValueSource
@@ -31,26 +32,38 @@ def attend(
     scale: float,
     source: ValueSource = "own",
     value_dim: int | None = None,
-    slot_rope: Rotation | None = None,
+    slot_rope: Callable[[int], Rotation] | None = None,
+    rotation: SlotRotation | None = None,
     mask: Tensor | None = None,
     slopes: Sequence[float] | None = None,
     query_positions: Tensor | None = None,
+    lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(scale * q . keys(latents)) values(latents), causal.
 
     q: [B, N, T, D]. latents: [B, G, S, D], and [B, G, S, V] where the value is a tensor of its own. N is a multiple
     of G. source: where values are read, see `gmha.ValueSource`; "slice" takes the leading `value_dim` elements of
-    the key, "unrotated" takes the latent as it is and turns the keys with `slot_rope`, the rotation at slots 0..S-1.
+    the key, "unrotated" takes the latent as it is and turns the keys with `slot_rope(S)`, the rotation at slots 0..S-1,
+    or `rotation`, which says the same to the kernel.
     mask: [B or 1, 1, T, S], boolean (True is seen) or additive; None where the queries are the last T of the S
     slots and see all before them. slopes: of every head, where ALiBi's bias is added; query_positions: slot numbers [T]
-    of the queries, for that bias; by default the last T.
-    backend: "auto", "sdpa" or "eager".
+    of the queries, by default the last T of S. lengths: int32 [1], slots that are filled, where that is known.
+    backend: "auto", "triton", "sdpa" or "eager"; auto decodes with the Triton kernel where that serves.
 
     Returns o [B, N, T, V].
     """
+    tokens, slots = q.shape[2], latents[0].shape[2]
+    if backend in ("auto", "triton") and lengths is not None and tokens < slots:
+        value = latents[1] if source == "own" else None
+        how: dict[str, Any] = {"source": source, "value_dim": value_dim, "rotation": rotation, "mask": mask}
+        reason = why_not(q, latents[0], value, **how)
+        if reason is None:
+            turn = None if slopes is None else _on_device(tuple(slopes), q.device)
+            return decode_attention(q, latents[0], value, lengths=lengths, scale=scale, slopes=turn, **how)[0]
+        if backend == "triton":
+            raise ValueError(f"the decode kernel does not take this: {reason}; choose another attn_implementation")
     key, value = _keys_and_values(latents, source, value_dim, slot_rope)
-    tokens, slots = q.shape[2], key.shape[2]
     causal = mask is None and tokens == slots and tokens > 1 and slopes is None
     if mask is None and tokens > 1 and not causal:
         mask = causal_mask(tokens, slots, q.device)
@@ -69,7 +82,10 @@ def causal_mask(tokens: int, slots: int, device: torch.device) -> Tensor:
 
 
 def _keys_and_values(
-    latents: tuple[Tensor, ...], source: ValueSource, value_dim: int | None, slot_rope: Rotation | None
+    latents: tuple[Tensor, ...],
+    source: ValueSource,
+    value_dim: int | None,
+    slot_rope: Callable[[int], Rotation] | None,
 ) -> tuple[Tensor, Tensor]:
     key = latents[0]
     if source == "own":
@@ -79,7 +95,12 @@ def _keys_and_values(
     if source == "slice":
         return key, key[..., :value_dim]
     assert slot_rope is not None, "un-rotated latents need the rotation at every slot"
-    return slot_rope(key), key
+    return slot_rope(key.shape[2])(key), key
+
+
+@functools.lru_cache(maxsize=8)
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def _add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
@@ -136,11 +157,11 @@ BACKENDS: dict[str, Backend] = {
 
 
 def _backend(name: str) -> Backend:
-    chosen = "sdpa" if name == "auto" else name
+    chosen = "sdpa" if name in ("auto", "triton") else name
     if chosen not in BACKENDS:
-        raise ValueError(f"there is no attention backend {name!r}; choose auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"there is no attention backend {name!r}; choose auto, triton, {', '.join(BACKENDS)}")
     if not torch.compiler.is_compiling():
-        _say_once(chosen, "the only fused backend so far" if name == "auto" else "asked for")
+        _say_once(chosen, "asked for" if name == chosen else "fused, for whole sequences and where no kernel serves")
     return BACKENDS[chosen]
 
 

@@ -10,7 +10,9 @@ kernel, `plain_decode_attention` says in torch what it computes.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,18 @@ class SlotRotation:
     dim: int
     blocks: int = 1
 
+    @property
+    def text(self) -> str:
+        """All of it as an operator's argument; `from_text` reads it."""
+        return f"{self.dim} {self.blocks} {self.parameters.text}"
+
+    @classmethod
+    @functools.cache
+    def from_text(cls, text: str) -> SlotRotation:
+        """The rotation that `text` describes."""
+        dim, blocks, parameters = text.split(" ", 2)
+        return cls(RopeParameters.from_text(parameters), int(dim), int(blocks))
+
     def at(self, slots: int, dtype: torch.dtype, device: torch.device) -> Rotation:
         """Tables for slots 0..slots-1."""
         return Rotation.at(torch.arange(slots, device=device), self.dim, self.parameters, dtype, self.blocks)
@@ -43,7 +57,7 @@ class SlotRotation:
     def tiles(self, block: int, slots: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """R at the first slot of every tile, float32 [tiles, 2, dim / 2], and within a tile, [2, block, dim / 2]."""
         # A power of two, so that a cache that grows asks for a new table rarely.
-        tiles = 1 << max(0, -(-slots // block) - 1).bit_length()
+        tiles = _power_of_two(max(1, -(-slots // block)))
         return _tile_tables(self.parameters, self.dim, block, tiles, device)
 
 
@@ -145,10 +159,10 @@ def why_not(
     dims = [q.shape[-1], value.shape[-1] if source == "own" and value is not None else q.shape[-1]]
     if value_dim is not None and source == "slice":
         dims.append(value_dim)
-    if kernels() is None:
-        return "triton is not installed"
-    if q.device.type != "cuda" and not _interpreted():
+    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it runs on a GPU"
+    if kernels() is None:
+        return "triton or the kernels are not installed"
     if q.shape[2] > MAX_TOKENS:
         return f"it takes {MAX_TOKENS} new tokens at most"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, key, value)):
@@ -191,10 +205,10 @@ def decode_attention(
     value: likewise, [.., V], for source "own". Rows of all three lie together in memory; other strides are free.
     lengths: tokens of every sequence, the new ones included, int32 [B] or [1], or one number for all; 0 gives zeros.
     source, value_dim: where values are read, see `attention.gmha.ValueSource`; "unrotated" needs `rotation`. mask:
-    boolean [B or 1, 1, T, S], True is seen. slopes: float32 [N], adds slope * (slot - slot of the query), ALiBi. window:
-    a query sees itself and window - 1 slots before it. sinks: [N], a logit without a value in every softmax. scales: of
-    key and value of a cache in e4m3, float32, see `ops.fp8`. num_splits: into how many runs a sequence is cut; None to
-    fill the device. A fixed number gives results that do not depend on the batch.
+    boolean [B or 1, 1, T, S], True is seen. slopes: float32 [N], adds slope * (slot - slot of the query), ALiBi.
+    window: a query sees itself and window - 1 slots before it. sinks: [N], a logit without a value in every softmax.
+    scales: of key and value of a cache in e4m3, float32, see `ops.fp8`. num_splits: into how many runs a sequence is
+    cut; None to fill the device. A fixed number gives results that do not depend on the batch.
 
     Nothing waits for the device, and what is chosen here depends on shapes alone: a call can be captured in a CUDA
     graph and replayed with other lengths up to S.
@@ -208,12 +222,6 @@ def decode_attention(
     reason = why_not(q, key, value, source=source, value_dim=value_dim, rotation=rotation, mask=mask)
     if reason is not None:
         raise ValueError(f"the decode kernel does not take this: {reason}")
-    origin = local = None
-    if source == "unrotated":
-        assert rotation is not None
-        slots = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
-        plan = plan_of(q, key, value, source, value_dim, rotation.dim)
-        origin, local = rotation.tiles(plan.block_slots, slots, q.device)
     tensor_lengths = lengths if isinstance(lengths, Tensor) else None
     return torch.ops.multimatrix.decode_attention(
         q,
@@ -224,9 +232,7 @@ def decode_attention(
         scale,
         source,
         value_dim,
-        rotation.dim if rotation is not None else 0,
-        origin,
-        local,
+        rotation.text if source == "unrotated" and rotation is not None else None,
         block_table,
         mask,
         slopes,
@@ -248,9 +254,7 @@ def _decode_op(
     scale: float,
     source: str,
     value_dim: int | None,
-    rotary_dim: int,
-    origin: Tensor | None,
-    local: Tensor | None,
+    rotation: str | None,
     block_table: Tensor | None,
     mask: Tensor | None,
     slopes: Tensor | None,
@@ -260,13 +264,15 @@ def _decode_op(
     value_scale: Tensor | None,
     num_splits: int | None,
 ) -> tuple[Tensor, Tensor]:
-    plan = plan_of(q, key, value, source, value_dim, rotary_dim)
+    turn = None if rotation is None else SlotRotation.from_text(rotation)
+    plan = plan_of(q, key, value, source, value_dim, 0 if turn is None else turn.dim)
+    slots = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
+    tables = (None, None) if turn is None else turn.tiles(plan.block_slots, slots, q.device)
     if num_splits is None:
-        slots = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
         rows = q.shape[1] // key.shape[1] * q.shape[2]
         programs = q.shape[0] * key.shape[1] * -(-rows // plan.block_rows)
         num_splits = split_count(programs, slots, plan, q.device)
-    tables, scales = (origin, local), (key_scale, value_scale)
+    scales = (key_scale, value_scale)
     return launch(
         plan,
         num_splits,
@@ -306,12 +312,10 @@ def launch(
     """Both kernels by this plan; arguments as in `decode_attention`, tables of `SlotRotation.tiles` for its tile."""
     triton_kernels = kernels()
     assert triton_kernels is not None
-    import triton
-
     batch, heads, tokens, _ = q.shape
     groups, page = key.shape[1], 0 if block_table is None else key.shape[2]
     rows = heads // groups * tokens
-    blocks = triton.cdiv(rows, plan.block_rows)
+    blocks = -(-rows // plan.block_rows)
     (origin, local), (key_scale, value_scale) = tables, scales
     direct = num_splits == 1
     width = plan.value_width
@@ -372,8 +376,8 @@ def launch(
         num_stages=plan.stages,
     )
     if not direct:
-        block = min(32, triton.next_power_of_2(width))
-        triton_kernels.combine_kernel[(rows, triton.cdiv(width, block), batch * groups)](
+        block = min(32, _power_of_two(width))
+        triton_kernels.combine_kernel[(rows, -(-width // block), batch * groups)](
             part,
             part_lse,
             out,
@@ -386,7 +390,7 @@ def launch(
             num_splits,
             WIDTH=width,
             BLOCK_V=block,
-            BLOCK_S=triton.next_power_of_2(num_splits),
+            BLOCK_S=_power_of_two(num_splits),
             HAS_SINKS=sinks is not None,
             num_warps=4,
         )
@@ -424,8 +428,6 @@ class Plan:
 
     def constants(self, triton_kernels: Any) -> dict[str, Any]:
         """The kernel's compile-time arguments that follow from the plan."""
-        import triton.language as tl
-
         kinds = {"own": "OWN", "key": "KEY", "slice": "SLICE", "unrotated": "ROTATE"}
         names = ("W0", "W1", "W2", "V0", "V1")
         widths = dict(zip(names, (*self.key_chunks, *self.value_chunks), strict=True))
@@ -436,7 +438,7 @@ class Plan:
             **blocks,
             "BLOCK_R": self.block_rows,
             "BLOCK_N": self.block_slots,
-            "DOT": getattr(tl, self.dot),
+            "DOT": getattr(triton_kernels.tl, self.dot),
             "PRECISION": "ieee" if self.dot == "float32" else "tf32",
         }
 
@@ -464,7 +466,7 @@ def _plan(
     else:
         keys = _chunks(dim)
         values = _chunks(value_width) if source == "own" else keys[:2]
-    block_rows = min(64, max(16, 1 << (rows - 1).bit_length()))
+    block_rows = min(64, max(16, _power_of_two(rows)))
     widest = max(dim, value_width)
     # A tile of keys and values in two to three stages fills shared memory at most.
     bytes_per_slot = (dim + value_width) * itemsize
@@ -485,7 +487,12 @@ def _chunks(dim: int) -> tuple[int, ...]:
 
 
 def _block(width: int) -> int:
-    return max(16, 1 << (width - 1).bit_length()) if width else 0
+    return max(16, _power_of_two(width)) if width else 0
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is not less."""
+    return 1 << (number - 1).bit_length()
 
 
 def split_count(programs: int, slots: int, plan: Plan, device: torch.device) -> int:
@@ -507,14 +514,7 @@ def _multiprocessors(device: torch.device) -> int:
 def kernels() -> Any:
     """The module of the Triton kernels, or None where triton is not installed."""
     try:
-        from multimatrix.ops import decode_kernels
+        # By name: code that travels with a checkpoint runs where triton may be missing, and goes without kernels.
+        return importlib.import_module("multimatrix.ops.decode_kernels")
     except ImportError:
         return None
-    return decode_kernels
-
-
-@functools.cache
-def _interpreted() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)

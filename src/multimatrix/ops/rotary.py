@@ -15,6 +15,7 @@ where a whole head is rotated, and would scale the value where the value is the 
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,6 +84,38 @@ class RopeParameters:
         if missing := [name for name in needed if name not in given]:
             raise InputError(f"rope_parameters of type {rope_type} need {', '.join(missing)}")
         return cls(**given)
+
+    @property
+    def text(self) -> str:
+        """All of it as an operator's argument, exact; `from_text` reads it."""
+        return f"{self.rope_type} " + " ".join(
+            repr(value)
+            for value in (
+                self.rope_theta,
+                self.factor,
+                self.original_max_position_embeddings,
+                self.beta_fast,
+                self.beta_slow,
+                self.attention_factor,
+                self.truncate,
+            )
+        )
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """The parameters that `text` describes."""
+        rope_type, *values = text.split(" ")
+        theta, factor, length, fast, slow, attention, truncate = (ast.literal_eval(value) for value in values)
+        return cls(
+            rope_type=rope_type,
+            rope_theta=theta,
+            factor=factor,
+            original_max_position_embeddings=length,
+            beta_fast=fast,
+            beta_slow=slow,
+            attention_factor=attention,
+            truncate=truncate,
+        )
 
     @property
     def score_factor(self) -> float:
