@@ -13,8 +13,7 @@ from transformers import cache_utils
 from multimatrix.attention.gmha import AttentionSpec
 from multimatrix.ops.alibi import alibi_slopes
 from multimatrix.ops.attend import attend
-from multimatrix.ops.decode import SlotRotation
-from multimatrix.ops.rotary import RopeParameters, Rotation
+from multimatrix.ops.rotary import RopeParameters, Rotation, SlotRotation
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from multimatrix.ops.alibi import alibi_bias
-from multimatrix.ops.decode import SlotRotation, decode_attention, why_not
+from multimatrix.ops.decode import decode_attention, why_not
+from multimatrix.ops.rotary import Rotation, SlotRotation
 
 if TYPE_CHECKING:
     from multimatrix.attention.gmha import ValueSource

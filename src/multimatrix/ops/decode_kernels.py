@@ -24,6 +24,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:
+    gdc_launch_dependents = gdc_wait = None
+
 OWN, KEY, SLICE, ROTATE = (tl.constexpr(number) for number in range(4))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -131,8 +136,11 @@ def split_kernel(
     HAS_SINKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     CAUSAL: tl.constexpr,  # more than one new token
+    EARLY: tl.constexpr,  # the combining kernel is launched before this one ends, and waits
     SCALES: tl.constexpr,  # 0: none, 1: per tensor, 2: per token
-    DOT: tl.constexpr,  # dtype of the matrix products
+    DOT: tl.constexpr,  # dtype of the product with the values
+    SCORE: tl.constexpr,  # dtype of the product with the keys
+    TURN: tl.constexpr,  # dtype in which keys are rotated
     PRECISION: tl.constexpr,
 ):
     split = tl.program_id(0)
@@ -164,11 +172,11 @@ def split_kernel(
 
     total_head = group * heads + head
     q_at = batch.to(tl.int64) * stride_qb + total_head.to(tl.int64) * stride_qn + token * stride_qt
-    q0 = _load_query(query, q_at, row_valid, 0, W0, B0).to(DOT)
+    q0 = _load_query(query, q_at, row_valid, 0, W0, B0).to(SCORE)
     if W1 > 0:
-        q1 = _load_query(query, q_at, row_valid, W0, W1, B1).to(DOT)
+        q1 = _load_query(query, q_at, row_valid, W0, W1, B1).to(SCORE)
     if W2 > 0:
-        q2 = _load_query(query, q_at, row_valid, W0 + W1, W2, B2).to(DOT)
+        q2 = _load_query(query, q_at, row_valid, W0 + W1, W2, B2).to(SCORE)
     if HAS_SLOPES:
         slope = tl.load(slopes + total_head, mask=row_valid, other=0.0) * LOG2E
 
@@ -193,8 +201,8 @@ def split_kernel(
         pairs = tl.arange(0, B0)
         pair_valid = pairs < W0
         local_at = tl.arange(0, BLOCK_N)[:, None] * W0 + pairs[None, :]
-        local_cos = tl.load(local + local_at, mask=pair_valid[None, :], other=0.0)
-        local_sin = tl.load(local + BLOCK_N * W0 + local_at, mask=pair_valid[None, :], other=0.0)
+        local_cos = tl.load(local + local_at, mask=pair_valid[None, :], other=0.0).to(TURN)
+        local_sin = tl.load(local + BLOCK_N * W0 + local_at, mask=pair_valid[None, :], other=0.0).to(TURN)
 
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
@@ -218,17 +226,19 @@ def split_kernel(
             origin_at = origin + tl.cast(start // BLOCK_N, tl.int64) * 2 * W0 + pairs
             origin_cos = tl.load(origin_at, mask=pair_valid, other=0.0)[None, :]
             origin_sin = tl.load(origin_at + W0, mask=pair_valid, other=0.0)[None, :]
-            cos = origin_cos * local_cos - origin_sin * local_sin
-            sin = origin_sin * local_cos + origin_cos * local_sin
-            left, right = k0.to(tl.float32), k1.to(tl.float32)
-            s = tl.dot(q0, tl.trans((left * cos - right * sin).to(DOT)), input_precision=PRECISION)
-            s = tl.dot(q1, tl.trans((right * cos + left * sin).to(DOT)), s, input_precision=PRECISION)
+            cos = origin_cos.to(TURN) * local_cos - origin_sin.to(TURN) * local_sin
+            sin = origin_sin.to(TURN) * local_cos + origin_cos.to(TURN) * local_sin
+            left, right = k0.to(TURN), k1.to(TURN)
+            turned0, turned1 = (left * cos - right * sin).to(SCORE), (right * cos + left * sin).to(SCORE)
+            s = tl.dot(q0, tl.trans(turned0), input_precision=PRECISION) + tl.dot(
+                q1, tl.trans(turned1), input_precision=PRECISION
+            )
         else:
-            s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+            s = tl.dot(q0, tl.trans(k0.to(SCORE)), input_precision=PRECISION)
             if W1 > 0:
-                s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+                s += tl.dot(q1, tl.trans(k1.to(SCORE)), input_precision=PRECISION)
         if W2 > 0:
-            s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
+            s += tl.dot(q2, tl.trans(k2.to(SCORE)), input_precision=PRECISION)
         s *= factor
         if SCALES == 2:
             scale_tile, scale_rows = _rows(start, key_scale, stride_sb, stride_ss, table, n, valid, PAGE, BLOCK_N)
@@ -270,6 +280,8 @@ def split_kernel(
                 if W2 > 0:
                     acc2 = tl.dot(p, k2, acc2 * decay[:, None], input_precision=PRECISION)
 
+    if EARLY:
+        gdc_launch_dependents()
     total2 = tl.log2(total) + top  # -inf where nothing was seen
     weight = tl.where(total > 0, value_factor / total, 0.0)
     if DIRECT:
@@ -312,37 +324,46 @@ def combine_kernel(
     groups,
     num_splits,
     WIDTH: tl.constexpr,
-    BLOCK_V: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    row = tl.program_id(0)
+    if EARLY:
+        gdc_wait()
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     group = tl.program_id(2) % groups
     batch = tl.program_id(2) // groups
     rows = heads * tokens
+    row_valid = row < rows
     head = group * heads + row // tokens
     token = row % tokens
 
     # All splits at once: what this kernel takes is latency, two loads in a row.
     splits = tl.arange(0, BLOCK_S)
-    at = ((batch * groups + group) * num_splits + splits).to(tl.int64) * rows + row
-    sums = tl.load(part_lse + at, mask=splits < num_splits, other=float("-inf"))
+    base = ((batch * groups + group) * num_splits).to(tl.int64)
+    at = (base + splits)[:, None] * rows + row[None, :]  # [BLOCK_S, BLOCK_R]
+    there = (splits < num_splits)[:, None] & row_valid[None, :]
+    sums = tl.load(part_lse + at, mask=there, other=float("-inf"))
     top = tl.max(sums, 0)
     if HAS_SINKS:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+        sink = tl.load(sinks + head, mask=row_valid, other=0.0).to(tl.float32) * LOG2E
         top = tl.maximum(top, sink)
     shift = tl.where(top == float("-inf"), 0.0, top)
-    weights = tl.exp2(sums - shift)
+    weights = tl.exp2(sums - shift[None, :])
     # A split that saw nothing wrote nothing.
-    wrote = (sums > float("-inf"))[:, None] & (column < WIDTH)[None, :]
-    parts = tl.load(part + at[:, None] * WIDTH + column[None, :], mask=wrote, other=0.0)
-    acc = tl.sum(parts * weights[:, None], 0)
+    wrote = (sums > float("-inf"))[:, :, None] & (column < WIDTH)[None, None, :]
+    parts = tl.load(part + at[:, :, None] * WIDTH + column[None, None, :], mask=wrote, other=0.0)
+    acc = tl.sum(parts * weights[:, :, None], 0)  # [BLOCK_R, BLOCK_V]
     total = tl.sum(weights, 0)
     if HAS_SINKS:
         total += tl.exp2(sink - shift)
-    acc = tl.where(total > 0, acc / total, 0.0)
+    acc = tl.where((total > 0)[:, None], acc / total[:, None], 0.0)
     o_at = batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_on + token * stride_ot
-    tl.store(out + o_at + column, acc.to(out.dtype.element_ty), mask=column < WIDTH)
+    to = out + o_at[:, None] + column[None, :]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=row_valid[:, None] & (column < WIDTH)[None, :])
     if tl.program_id(1) == 0:
-        tl.store(lse + (batch * groups * heads + head).to(tl.int64) * tokens + token, (tl.log2(total) + shift) * LN2)
+        lse_at = (batch * groups * heads + head).to(tl.int64) * tokens + token
+        tl.store(lse + lse_at, (tl.log2(total) + shift) * LN2, mask=row_valid)

@@ -16,6 +16,7 @@ where a whole head is rotated, and would scale the value where the value is the 
 from __future__ import annotations
 
 import ast
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -207,3 +208,50 @@ class Rotation:
         first, second, rest = blocks.split((half, half, blocks.shape[-1] - 2 * half), dim=-1)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
         return turned.flatten(-2)
+
+
+@dataclass(frozen=True)
+class SlotRotation:
+    """The rotation of cached keys, whose position is their slot: what "unrotated" needs to make scores.
+
+    dim: leading elements that are turned. blocks: equal blocks of the key, each turned like a key of its own.
+    """
+
+    parameters: RopeParameters
+    dim: int
+    blocks: int = 1
+
+    @property
+    def text(self) -> str:
+        """All of it as an operator's argument; `from_text` reads it."""
+        return f"{self.dim} {self.blocks} {self.parameters.text}"
+
+    @classmethod
+    @functools.cache
+    def from_text(cls, text: str) -> SlotRotation:
+        """The rotation that `text` describes."""
+        dim, blocks, parameters = text.split(" ", 2)
+        return cls(RopeParameters.from_text(parameters), int(dim), int(blocks))
+
+    def at(self, slots: int, dtype: torch.dtype, device: torch.device) -> Rotation:
+        """Tables for slots 0..slots-1."""
+        return Rotation.at(torch.arange(slots, device=device), self.dim, self.parameters, dtype, self.blocks)
+
+    def tiles(self, block: int, slots: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """R at the first slot of every tile, float32 [tiles, 2, dim / 2], and within a tile, [2, block, dim / 2]."""
+        # A power of two, so that a cache that grows asks for a new table rarely.
+        tiles = 1 << (max(1, -(-slots // block)) - 1).bit_length()
+        return _tile_tables(self.parameters, self.dim, block, tiles, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _tile_tables(
+    parameters: RopeParameters, dim: int, block: int, tiles: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    turns = parameters.frequencies(dim, device)
+    origins = torch.arange(tiles, dtype=torch.float64, device=device)[:, None] * block * turns
+    local = torch.arange(block, dtype=torch.float64, device=device)[:, None] * turns
+    return (
+        torch.stack((origins.cos(), origins.sin()), dim=1).float(),
+        torch.stack((local.cos(), local.sin())).float(),
+    )

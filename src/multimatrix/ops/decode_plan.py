@@ -1,0 +1,140 @@
+"""How a decode call is cut into tiles and programs; it follows from shapes and dtypes alone."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Tokens. A shorter run spends more on its partial result than on its part of the cache.
+SHORTEST_RUN = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is cut: columns of key and value, rows and slots of a tile, warps and stages of the pipeline.
+
+    key_chunks, value_chunks: widths of the chunks, 0 for none. waves: programs for every multiprocessor. dot, score, turn:
+    dtypes of the products with values and with keys, and of the rotation of keys.
+    """
+
+    source: str
+    key_chunks: tuple[int, int, int]
+    value_chunks: tuple[int, int]
+    block_rows: int
+    block_slots: int
+    warps: int
+    stages: int
+    waves: int
+    dot: str
+    score: str
+    turn: str
+
+    @property
+    def value_width(self) -> int:
+        return sum(self.key_chunks) if self.source in ("key", "unrotated") else sum(self.value_chunks)
+
+    def constants(self, triton_kernels: Any) -> dict[str, Any]:
+        """The kernel's compile-time arguments that follow from the plan."""
+        kinds = {"own": "OWN", "key": "KEY", "slice": "SLICE", "unrotated": "ROTATE"}
+        names = ("W0", "W1", "W2", "V0", "V1")
+        widths = dict(zip(names, (*self.key_chunks, *self.value_chunks), strict=True))
+        blocks = {name.replace("V", "VB").replace("W", "B"): _block(width) for name, width in widths.items()}
+        return {
+            "VALUE": getattr(triton_kernels, kinds[self.source]).value,
+            **widths,
+            **blocks,
+            "BLOCK_R": self.block_rows,
+            "BLOCK_N": self.block_slots,
+            "DOT": getattr(triton_kernels.tl, self.dot),
+            "SCORE": getattr(triton_kernels.tl, self.score),
+            "TURN": getattr(triton_kernels.tl, self.turn),
+            "PRECISION": "ieee" if self.dot == "float32" else "tf32",
+        }
+
+
+def plan_of(q: Tensor, key: Tensor, value: Tensor | None, source: str, value_dim: int | None, rotary_dim: int) -> Plan:
+    """The plan of a call; it depends on shapes and dtypes alone."""
+    dim = key.shape[-1]
+    value_width = value.shape[-1] if source == "own" and value is not None else 0
+    rows = q.shape[1] // key.shape[1] * q.shape[2]
+    is_fp8 = key.dtype == torch.float8_e4m3fn
+    dot = torch.float16 if is_fp8 else key.dtype
+    return make_plan(source, dim, value_width, value_dim or 0, rotary_dim, rows, key.dtype.itemsize, str(dot)[6:])
+
+
+@functools.lru_cache(maxsize=256)
+def make_plan(
+    source: str, dim: int, value_width: int, value_dim: int, rotary_dim: int, rows: int, itemsize: int, dot: str
+) -> Plan:
+    """The plan for these sizes; the numbers were measured, see results/decode.md.
+
+    dim, value_width: of the tensors in the cache, the second 0 where there is one tensor. rows: query heads of a key
+    head times new tokens. itemsize: bytes of a cached element. dot: dtype of the matrix products.
+    """
+    if source == "slice":
+        keys: tuple[int, ...] = (value_dim, dim - value_dim)
+        values: tuple[int, ...] = (value_dim,)
+    elif source == "unrotated":
+        keys = (rotary_dim // 2, rotary_dim // 2, dim - rotary_dim)
+        values = keys[:2]
+    else:
+        keys = _chunks(dim)
+        values = _chunks(value_width) if source == "own" else keys[:2]
+    bytes_per_slot = (dim + value_width) * itemsize
+    if max(dim, value_width) > 256:
+        # Outputs this wide need the registers of eight warps, and their tiles leave room for two stages.
+        warps, stages, waves, tile = 8, 2, 1, 65_536
+    elif itemsize == 1:
+        # Two programs a multiprocessor: one converts while the other multiplies.
+        warps, stages, waves, tile = 4, 4, 2, 16_384
+    elif source == "unrotated":
+        warps, stages, waves, tile = 4, 3, 2, 16_384
+    else:
+        warps, stages, waves, tile = 4, 3, 1, 32_768
+    return Plan(
+        source=source,
+        key_chunks=(*keys, 0, 0)[:3],  # type: ignore[arg-type]
+        value_chunks=(*values, 0)[:2],  # type: ignore[arg-type]
+        block_rows=min(64, max(16, power_of_two(rows))),
+        block_slots=max(16, min(64, power_of_two(tile // bytes_per_slot + 1) // 2)),
+        warps=warps,
+        stages=stages,
+        waves=waves,
+        dot=dot,
+        # A turned key is rounded once, to 11 bits in half precision, and half precision is computed in pairs.
+        score="float16" if source == "unrotated" and dot == "bfloat16" else dot,
+        turn="float32" if dot == "float32" else "float16",
+    )
+
+
+def _chunks(dim: int) -> tuple[int, ...]:
+    """The largest power of two and the rest, so that little of a tile is padding."""
+    first = 1 << (dim.bit_length() - 1)
+    return (first, dim - first) if first < dim else (dim,)
+
+
+def _block(width: int) -> int:
+    return max(16, power_of_two(width)) if width else 0
+
+
+def power_of_two(number: int) -> int:
+    """The smallest that is not less."""
+    return 1 << (number - 1).bit_length()
+
+
+def split_count(programs: int, slots: int, plan: Plan, device: torch.device) -> int:
+    """Into how many runs each sequence is cut, so that the programs fill the device once and none is very short.
+
+    programs: what there is without cutting. slots: the longest that a sequence may be.
+    """
+    wave = _multiprocessors(device) * plan.waves
+    return max(1, min(wave // programs, slots // SHORTEST_RUN))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
