@@ -1,7 +1,7 @@
 """Time of a decode step over a long cache, as a share of what the card can read, beside its peers.
 
     PYTHONPATH=src python benchmarks/decode.py                  the table: m = 64, C = 256, four modes, six shapes
-    PYTHONPATH=src python benchmarks/decode.py --full --budget 540 --markdown results/decode.md
+    PYTHONPATH=src python benchmarks/decode.py --full --budget 540 --markdown decode.md
     PYTHONPATH=src python benchmarks/decode.py --quick --modes key --m 16,64
     PYTHONPATH=src python benchmarks/decode.py --smoke          tiny, on a CPU, the plain twin in the kernel's place
 
@@ -19,129 +19,69 @@ wrong anywhere has no time and ends the program with status 1. The last line of 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import json
 import math
 import os
-import platform
 import shlex
-import statistics
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from decode_cases import (
-    MODES,
-    PEER_TOLERANCE,
-    TOLERANCE,
-    Case,
-    Check,
-    Data,
-    cache_arguments,
-    keys_and_values,
-    make_cases,
-    make_checks,
-    make_data,
-    parse_shape,
-    worst_error,
-)
-from decode_peers import Peer, peers
+from decode_cases import MODES, make_cases, parse_shape
+from decode_measure import Bench, Budget, rounded
+from decode_peers import peers
 from decode_report import markdown, print_tables
 from multimatrix.environment import environment
-from multimatrix.errors import one_line
 from multimatrix.files import write_text
 from multimatrix.ops.decode import decode_attention, plain_decode_attention
-from timing import buffer_sets, cpu_read_bandwidth, time_calls
+from timing import cpu_read_bandwidth
 
 SHAPES = "1x32k,1x128k,16x8k,64x8k,128x4k,8x128k"
 QUICK_SHAPES = "1x32k,16x8k,64x8k"
-REPLAYS, PEER_REPLAYS = 15, 5
-
-
-class Budget:
-    """A step starts only if the longest of its kind so far would still end in time."""
-
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
-        self.longest: dict[str, float] = {}
-        self.is_spent = False
-
-    def allows(self, kind: str) -> bool:
-        allowed = time.monotonic() + self.longest.get(kind, 0.0) < self.end
-        self.is_spent |= not allowed
-        return allowed
-
-    @contextlib.contextmanager
-    def step(self, kind: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self.longest[kind] = max(self.longest.get(kind, 0.0), time.monotonic() - start)
+REPLAYS = 15
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
-    options = parse(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parse(given)
     budget = Budget(options.budget)
     device = torch.device("cpu" if options.smoke else "cuda")
     seed = int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed
     cases = make_cases(options.modes, options.m, options.dim, options.shapes, options.smoke)
     bandwidth = bandwidth_of(device, seed)
-    print(f"read bandwidth {bandwidth / 1e9:,.1f} GB/s", file=sys.stderr)
-    run = plain_decode_attention if options.smoke else decode_attention
+    print(f"read bandwidth {bandwidth / 1e9:,.1f} GB/s", file=sys.stderr, flush=True)
+    kernel = plain_decode_attention if options.smoke else decode_attention
     available = [] if options.no_peers else peers(device)
+    bench = Bench(kernel, available, device, seed, bandwidth, budget, options.replays)
+    bench.measure(cases)
 
-    rows: dict[Case, dict[str, Any]] = {}
-    # Slow peers come after everything else, on the same numbers drawn again.
-    for stage in ("kernel", "slow peers"):
-        for index, case in enumerate(cases):
-            chosen = [peer for peer in available if peer.slow == (stage == "slow peers")]
-            if stage == "slow peers" and (case not in rows or not chosen):
-                continue
-            if not budget.allows(stage):
-                break
-            with budget.step(stage), torch.no_grad():
-                generator = torch.Generator(device).manual_seed(seed + index)
-                try:
-                    sets = [make_data(case, generator) for _ in range(buffer_sets(case.bytes, device))]
-                    checks = make_checks(case, sets)
-                except Exception as error:  # the device has no room, or an earlier kernel broke it
-                    rows.setdefault(case, row_of(case, {"us": None, "error": None, "reason": one_line(error)}, 0.0))
-                    continue
-                if stage == "kernel":
-                    result = measure(kernel_call(run, case), sets, checks, TOLERANCE, options.replays)
-                    rows[case] = row_of(case, result, bandwidth)
-                    say(case, "kernel", rows[case])
-                measure_peers(case, chosen, sets, checks, bandwidth, budget, rows[case]["peers"])
-            del sets, checks
-
-    report = {
-        **where_from(device, options.commit),
-        "command": shlex.join(["python", *sys.argv] if arguments is None else ["python", __file__, *arguments]),
-        "seed": seed,
-        "read_bandwidth_gb_per_s": bandwidth / 1e9,
-        "stopped_by_budget": budget.is_spent,
-        "not_measured": [f"{case.mode} m={case.heads} C={case.dim} {case.shape}" for case in cases if case not in rows],
-        "rows": list(rows.values()),
-    }
+    report = rounded(
+        {
+            **where_from(device, options.commit),
+            "command": shlex.join(["python", "benchmarks/decode.py", *given]),
+            "seed": seed,
+            "read_bandwidth_gb_per_s": bandwidth / 1e9,
+            "stopped_by_budget": budget.is_spent,
+            "not_measured": [case.label for case in cases if case not in bench.rows],
+            "rows": list(bench.rows.values()),
+        }
+    )
     print_tables(report)
+    failed = {case: row["reason"] for case, row in bench.rows.items() if row["us"] is None}
+    for case, reason in failed.items():
+        print(f"decode.py: the kernel has no time at {case.label}: {reason}", file=sys.stderr, flush=True)
+    print(json.dumps(report, allow_nan=False))
     if options.markdown is not None:
         write_text(options.markdown, markdown(report))
-    failed = [row for row in report["rows"] if row["us"] is None]
-    for row in failed:
-        shape = f"{row['mode']} m={row['m']} C={row['C']} {row['shape']}"
-        print(f"decode.py: the kernel has no time at {shape}: {row['reason']}", file=sys.stderr)
-    print(json.dumps(report, allow_nan=False))
     return 1 if failed else 0
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--modes", type=list_of(mode), help=f"of {', '.join(MODES)}; by default all but mla")
@@ -205,82 +145,6 @@ def bandwidth_of(device: torch.device, seed: int) -> float:
     return read_bandwidth(device, torch.Generator(device).manual_seed(seed))
 
 
-def kernel_call(run: Callable[..., tuple[Tensor, Tensor]], case: Case) -> Callable[[Data], Tensor]:
-    return lambda data: run(data.q, **cache_arguments(case, data))[0]
-
-
-def peer_call(peer: Peer, case: Case, device: torch.device) -> Callable[[Data], Tensor]:
-    """The peer on what it needs made of the cache; cosines and sines are there before."""
-    rope = None if case.rotation is None else case.rotation.at(case.context, torch.bfloat16, device)
-    return lambda data: peer.run(data.q, *keys_and_values(case, data, rope), case.scale)
-
-
-def measure(
-    call: Callable[[Data], Tensor], sets: list[Data], checks: list[Check], tolerance: float, replays: int
-) -> dict[str, Any]:
-    """us, us_min, us_max and error; or us None and the reason."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            calls = [functools.partial(call, data) for data in sets]
-            outputs, times = time_calls(calls, replays, sets[0].q.device)
-            error = worst_error(outputs, checks)
-        except Exception as failure:
-            said = [one_line(warning.message) for warning in caught if isinstance(warning.message, UserWarning)]
-            reason = "; ".join([one_line(failure), *dict.fromkeys(said)])
-            return {"us": None, "error": None, "reason": reason}
-    if not error <= tolerance:  # NaN is not
-        number = error if math.isfinite(error) else None
-        return {"us": None, "error": number, "reason": f"wrong: relative error {error:.2g}, above {tolerance:.2g}"}
-    return {"us": statistics.median(times), "us_min": min(times), "us_max": max(times), "error": error, "reason": None}
-
-
-def row_of(case: Case, result: dict[str, Any], bandwidth: float) -> dict[str, Any]:
-    """One entry of the JSON's rows."""
-    us = result["us"]
-    return {
-        "mode": case.mode,
-        "m": case.heads,
-        "C": case.dim,
-        "V": case.value_dim,
-        "batch": case.batch,
-        "context": case.context,
-        "shape": case.shape,
-        "bytes": case.bytes,
-        **result,
-        "share": None if us is None else case.bytes / (us * 1e-6) / bandwidth,
-        "TFLOP/s": None if us is None else case.flops / us * 1e-6,
-        "peers": {},
-    }
-
-
-def measure_peers(
-    case: Case,
-    chosen: list[Peer],
-    sets: list[Data],
-    checks: list[Check],
-    bandwidth: float,
-    budget: Budget,
-    results: dict[str, Any],
-) -> None:
-    for peer in chosen:
-        if not budget.allows(peer.name):
-            results[peer.name] = {"us": None, "error": None, "reason": "no time left"}
-            continue
-        with budget.step(peer.name):
-            result = measure(peer_call(peer, case, sets[0].q.device), sets, checks, PEER_TOLERANCE, PEER_REPLAYS)
-        us = result["us"]
-        results[peer.name] = {**result, "share": None if us is None else case.bytes / (us * 1e-6) / bandwidth}
-        say(case, peer.name, results[peer.name])
-
-
-def say(case: Case, name: str, result: dict[str, Any]) -> None:
-    """Progress, a line a measurement."""
-    us, share = result["us"], result["share"]
-    told = result["reason"] if us is None else f"{us:,.1f} us, {100 * share:.0f} %, error {result['error']:.1e}"
-    print(f"{case.mode} m={case.heads} C={case.dim} {case.shape} {name}: {told}", file=sys.stderr, flush=True)
-
-
 def where_from(device: torch.device, commit: str | None) -> dict[str, Any]:
     """card, commit, date and versions."""
     known = environment(device)
@@ -293,7 +157,7 @@ def where_from(device: torch.device, commit: str | None) -> dict[str, Any]:
         "card": known["device"],
         "commit": commit or known["commit"],
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "platform": platform.platform(),
+        "platform": known["platform"],
         "versions": versions,
     }
 

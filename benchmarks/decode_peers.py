@@ -10,6 +10,7 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from multimatrix.ops.attend import eager, sdpa
+
+PAGE = 64
 
 Run = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -45,6 +48,8 @@ def peers(device: torch.device) -> list[Peer]:
         for name, module in modules.items():
             if importlib.util.find_spec(module) is not None:
                 found.append(Peer(name, functools.partial(flash_attention, module)))
+        if importlib.util.find_spec("flashinfer") is not None:
+            found.append(Peer("FlashInfer", flashinfer))
         found.append(Peer("FlexAttention, folded", flex, slow=True))
     return found
 
@@ -75,3 +80,37 @@ def _compiled_flex(shapes: object) -> Callable[..., Tensor]:
 
     torch._dynamo.reset()
     return torch.compile(flex_attention, dynamic=False)
+
+
+def flashinfer(q: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Its decode kernel on tensor cores or, where the value is the leading part of the key, its kernel for MLA."""
+    wrapper = _planned_flashinfer(tuple(q.shape), tuple(key.shape), value.shape[-1], scale, q.device)
+    pages = key.reshape(-1, PAGE, 1, key.shape[-1])
+    if value.shape[-1] == key.shape[-1]:
+        return wrapper.run(q.squeeze(2), (pages, value.reshape(-1, PAGE, 1, value.shape[-1]))).unsqueeze(2)
+    parts = [tensor.tensor_split([value.shape[-1]], dim=-1) for tensor in (q.squeeze(2), pages.squeeze(2))]
+    return wrapper.run(*parts[0], *parts[1]).unsqueeze(2)
+
+
+@functools.lru_cache(maxsize=1)
+def _planned_flashinfer(
+    q_shape: tuple[int, ...], key_shape: tuple[int, ...], value_dim: int, scale: float, device: torch.device
+) -> Any:
+    """The plan waits for the device, so it is made once a shape."""
+    flashinfer = importlib.import_module("flashinfer")
+    (batch, heads, _, dim), pages = q_shape, key_shape[2] // PAGE
+    workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=device)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    indices = torch.arange(batch * pages, dtype=torch.int32, device=device)
+    if value_dim == dim:
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+        last = torch.full((batch,), PAGE, dtype=torch.int32, device=device)
+        sizes = {"num_qo_heads": heads, "num_kv_heads": 1, "head_dim": dim, "page_size": PAGE, "sm_scale": scale}
+        dtypes = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
+        wrapper.plan(starts * pages, indices, last, **sizes, **dtypes)
+        return wrapper
+    wrapper = flashinfer.mla.BatchMLAPagedAttentionWrapper(workspace)
+    lengths = torch.full((batch,), key_shape[2], dtype=torch.int32, device=device)
+    layout = starts, starts * pages, indices, lengths
+    wrapper.plan(*layout, heads, value_dim, dim - value_dim, PAGE, False, scale, torch.bfloat16, torch.bfloat16)
+    return wrapper

@@ -15,7 +15,7 @@ from decode_cases import MODES
 KERNEL = {
     "**multimatrix**, us": lambda row: f"{row['us']:,.1f}",
     "min-max, us": lambda row: f"{row['us_min']:,.1f}-{row['us_max']:,.1f}",
-    "share of read bandwidth": lambda row: f"**{100 * row['share']:.0f} %**",
+    "share of read bandwidth": lambda row: f"**{100 * row['share']:.1f} %**",
     "TFLOP/s": lambda row: f"{row['TFLOP/s']:,.0f}",
     "relative error": lambda row: f"{row['error']:.1e}",
 }
