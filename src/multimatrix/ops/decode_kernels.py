@@ -230,15 +230,14 @@ def split_kernel(
             sin = origin_sin.to(TURN) * local_cos + origin_cos.to(TURN) * local_sin
             left, right = k0.to(TURN), k1.to(TURN)
             turned0, turned1 = (left * cos - right * sin).to(SCORE), (right * cos + left * sin).to(SCORE)
-            s = tl.dot(q0, tl.trans(turned0), input_precision=PRECISION) + tl.dot(
-                q1, tl.trans(turned1), input_precision=PRECISION
-            )
+            s = tl.dot(q0, tl.trans(turned0), input_precision=PRECISION)
+            s = tl.dot(q1, tl.trans(turned1), s, input_precision=PRECISION)
         else:
             s = tl.dot(q0, tl.trans(k0.to(SCORE)), input_precision=PRECISION)
             if W1 > 0:
-                s += tl.dot(q1, tl.trans(k1.to(SCORE)), input_precision=PRECISION)
+                s = tl.dot(q1, tl.trans(k1.to(SCORE)), s, input_precision=PRECISION)
         if W2 > 0:
-            s += tl.dot(q2, tl.trans(k2.to(SCORE)), input_precision=PRECISION)
+            s = tl.dot(q2, tl.trans(k2.to(SCORE)), s, input_precision=PRECISION)
         s *= factor
         if SCALES == 2:
             scale_tile, scale_rows = _rows(start, key_scale, stride_sb, stride_ss, table, n, valid, PAGE, BLOCK_N)

@@ -17,8 +17,8 @@ SHORTEST_RUN = 256
 class Plan:
     """How a call is cut: columns of key and value, rows and slots of a tile, warps and stages of the pipeline.
 
-    key_chunks, value_chunks: widths of the chunks, 0 for none. waves: programs for every multiprocessor. dot, score, turn:
-    dtypes of the products with values and with keys, and of the rotation of keys.
+    key_chunks, value_chunks: widths of the chunks, 0 for none. waves: programs for every multiprocessor. dot, score,
+    turn: dtypes of the products with values and with keys, and of the rotation of keys.
     """
 
     source: str
@@ -95,12 +95,14 @@ def make_plan(
         warps, stages, waves, tile = 4, 3, 2, 16_384
     else:
         warps, stages, waves, tile = 4, 3, 1, 32_768
+    block_slots = max(16, min(64, power_of_two(tile // bytes_per_slot + 1) // 2))
     return Plan(
         source=source,
         key_chunks=(*keys, 0, 0)[:3],  # type: ignore[arg-type]
         value_chunks=(*values, 0)[:2],  # type: ignore[arg-type]
         block_rows=min(64, max(16, power_of_two(rows))),
-        block_slots=max(16, min(64, power_of_two(tile // bytes_per_slot + 1) // 2)),
+        # The rotation within a tile stays in registers.
+        block_slots=min(32, block_slots) if source == "unrotated" else block_slots,
         warps=warps,
         stages=stages,
         waves=waves,
