@@ -18,6 +18,7 @@ from multimatrix.ops.rotary import RopeParameters
 NAN = float("nan")
 # What a block table may hold past the pages of a sequence.
 WILD = (2**31 - 1, -(2**31), -1)
+DEFAULT_ROPE = RopeParameters()
 NAMES = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -51,7 +52,7 @@ class Case:
     window: int | None = None
     sinks: bool = False
     fp8: str | None = None
-    rope: RopeParameters = RopeParameters()
+    rope: RopeParameters = DEFAULT_ROPE
     blocks: int = 1
     splits: int | None = None
 
@@ -281,9 +282,10 @@ def _turned(x: Tensor, slot: int, rotation: SlotRotation) -> Tensor:
     """R_slot x: pair f of every block, a complex number, times exp(i slot theta_f)."""
     blocks = []
     half = rotation.dim // 2
-    angles = torch.tensor([slot * turn(f, rotation.dim, rotation.parameters) for f in range(half)]).double()
+    angles = [slot * turn(f, rotation.dim, rotation.parameters) for f in range(half)]
+    turns = torch.tensor([complex(math.cos(angle), math.sin(angle)) for angle in angles], dtype=torch.complex128)
     for block in x.chunk(rotation.blocks):
-        pairs = torch.complex(block[:half], block[half : 2 * half]) * torch.polar(torch.ones_like(angles), angles)
+        pairs = torch.complex(block[:half], block[half : 2 * half]) * turns
         blocks += [pairs.real, pairs.imag, block[2 * half :]]
     return torch.cat(blocks)
 
@@ -301,21 +303,19 @@ def differences(actual: Tensor, expected: Tensor) -> dict[str, float]:
     }
 
 
-def assert_agrees(
-    actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float, what: object = ""
-) -> None:
+def assert_agrees(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float) -> None:
     """o and lse: inf and NaN in the same places, rows of zeros exact, and the rest within the tolerance."""
     (o, lse), (exact_o, exact_lse) = actual, expected
     assert o.shape == exact_o.shape
     assert lse.shape == exact_lse.shape
-    assert torch.equal(lse.isneginf(), exact_lse.isneginf()), what
-    assert o.isfinite().all(), what
-    assert not lse.isnan().any(), what
-    assert not o[exact_o.abs().amax(-1) == 0].any(), what
+    assert torch.equal(lse.isneginf(), exact_lse.isneginf())
+    assert o.isfinite().all()
+    assert not lse.isnan().any()
+    assert not o[exact_o.abs().amax(-1) == 0].any()
     seen = differences(o, exact_o)
     finite = exact_lse.isfinite()
     seen["lse"] = (lse.double() - exact_lse)[finite].abs().max().item() if finite.any() else 0.0
     # The cosine falls with the square of an error; of a single row, so a wider bound.
     bounds = {"absolute": 5 * tolerance, "relative": tolerance, "cosine": 10 * tolerance**2 + 1e-12, "lse": tolerance}
     beyond = {name: (value, bounds[name]) for name, value in seen.items() if value > bounds[name]}
-    assert not beyond, (what, beyond)
+    assert not beyond, beyond

@@ -6,4 +6,14 @@ memory is poisoned with NaN as in all tests.
 
 import os
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run these tests on their own, with TRITON_INTERPRET=1"
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise pytest.UsageError("tests/kernels is a run of its own: TRITON_INTERPRET=1 python -m pytest tests/kernels")
+
+
+@pytest.fixture(autouse=True)
+def corrected_interpreter(monkeypatch):
+    from interpreter import corrected
+
+    corrected(monkeypatch)
