@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,6 +87,23 @@ class Case:
     def width(self) -> int:
         """Elements of an output."""
         return self.D if self.source in ("key", "unrotated") else self.V or self.D
+
+
+# One of each way to read a value.
+SOURCES = [
+    Case(),
+    Case(V=64),
+    Case(D=64, V=96),
+    Case(source="key"),
+    Case(source="slice", V=64),
+    Case(source="unrotated"),
+    Case(source="unrotated", R=32),
+]
+
+
+def each(*changes: dict[str, Any], of: Sequence[Case] = SOURCES) -> list[Case]:
+    """Every case with every change."""
+    return [replace(case, **change) for case in of for change in changes]
 
 
 @dataclass
@@ -194,7 +212,8 @@ def _laid_out(tensor: Tensor, layout: str) -> Tensor:
 
 def _mask(case: Case, device: str) -> Tensor:
     """Boolean [B or 1, 1, T, S], True is seen; what lies past a sequence's length is seen too, and must not be."""
-    slot = torch.arange(case.S, device=device)
+    slots = -(-case.S // case.page) * case.page if case.page else case.S
+    slot = torch.arange(slots, device=device)
     if case.mask == "left":
         padding = torch.tensor([length * (b + 1) // 4 for b, length in enumerate(case.all_lengths)], device=device)
         seen = (slot >= padding[:, None])[:, None, None]  # [B, 1, 1, S]
@@ -206,7 +225,7 @@ def _mask(case: Case, device: str) -> Tensor:
     else:
         assert case.mask == "shared"
         seen = (slot % 3 != 1)[None, None, None]
-    return seen.expand(-1, 1, case.T, case.S).contiguous()
+    return seen.expand(-1, 1, case.T, slots).contiguous()
 
 
 def oracle(

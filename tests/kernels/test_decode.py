@@ -5,29 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from decode_cases import Case, assert_agrees, make_call, oracle
+from decode_cases import SOURCES, Case, assert_agrees, each, make_call, oracle
 from multimatrix.ops.decode import decode_attention
 from multimatrix.ops.rotary import RopeParameters
 
 # Relative differences of norms, two to three times what rounding costs.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 YARN = RopeParameters(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
-
-# One of each way to read a value.
-SOURCES = [
-    Case(),
-    Case(V=64),
-    Case(D=64, V=96),
-    Case(source="key"),
-    Case(source="slice", V=64),
-    Case(source="unrotated"),
-    Case(source="unrotated", R=32),
-]
-
-
-def each(*changes, of=SOURCES):
-    return [replace(case, **change) for case in of for change in changes]
-
 
 HEADS = [
     Case(N=N, G=G, T=T, D=32, S=S)

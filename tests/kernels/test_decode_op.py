@@ -5,7 +5,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decode_cases import Case, make_call
-from multimatrix.ops import decode
 from multimatrix.ops.decode import SlotRotation, decode_attention
 from multimatrix.ops.rotary import RopeParameters
 
@@ -38,7 +37,10 @@ def test_operator(case):
     with Recorder() as recorder:
         decode_attention(*call.arguments, **call.options, num_splits=case.splits)
     assert len(recorder.calls) == 1
-    torch.library.opcheck(*recorder.calls[0])
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    # That an operator changes none of its arguments is seen by comparing them, which torch cannot do in e4m3.
+    checks += ["test_schema"] if not case.fp8 else []
+    torch.library.opcheck(*recorder.calls[0], test_utils=checks)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -126,10 +128,3 @@ def test_gradients_are_no_obstacle_where_none_is_taken():
     call.arguments[0].requires_grad_()
     with torch.no_grad():
         assert torch.equal(decode_attention(*call.arguments, **call.options)[0], expected)
-
-
-def test_refuses_without_triton(monkeypatch):
-    monkeypatch.setattr(decode, "kernels", lambda: None)
-    call = make_call(Case())
-    with pytest.raises(ValueError, match="this: triton is not installed"):
-        decode_attention(*call.arguments, **call.options)
