@@ -27,4 +27,4 @@ def quantize(x: Tensor, per: Literal["token", "tensor"] = "token") -> tuple[Tens
 
 def dequantize(data: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The inverse of `quantize`, up to its rounding."""
-    return (data.float() * (scale[..., None] if scale.dim() > 1 else scale)).to(dtype)
+    return (data.float() * (scale[..., None] if scale.dim() == data.dim() - 1 else scale)).to(dtype)

@@ -1,0 +1,19 @@
+"""These tests run kernels through Triton's interpreter, which cannot share a process with the compiler.
+
+A pytest run of their own, `TRITON_INTERPRET=1 python -m pytest tests/kernels`; `make test` makes it. Uninitialized
+memory is poisoned with NaN as in all tests.
+"""
+
+import os
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise pytest.UsageError("tests/kernels is a run of its own: TRITON_INTERPRET=1 python -m pytest tests/kernels")
+
+
+@pytest.fixture(autouse=True)
+def corrected_interpreter(monkeypatch):
+    from interpreter import corrected
+
+    corrected(monkeypatch)
