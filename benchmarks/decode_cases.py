@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from multimatrix.attention.gmha import ValueSource
-from multimatrix.ops.decode import SlotRotation, plain_decode_attention
+from multimatrix.ops.decode import plain_decode_attention
 from multimatrix.ops.fp8 import dequantize, quantize
-from multimatrix.ops.rotary import RopeParameters, Rotation
+from multimatrix.ops.rotary import RopeParameters, Rotation, SlotRotation
 
 # Of an output against the exact one, by head: bfloat16 weights, products and output leave 3e-3. A peer that rotates its
 # keys in bfloat16, as transformers does, leaves more.

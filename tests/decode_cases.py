@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from multimatrix.ops.alibi import alibi_slopes
-from multimatrix.ops.decode import SlotRotation
 from multimatrix.ops.fp8 import quantize
 from multimatrix.ops.reference import turn
-from multimatrix.ops.rotary import RopeParameters
+from multimatrix.ops.rotary import RopeParameters, SlotRotation
 
 NAN = float("nan")
 # What a block table may hold past the pages of a sequence.

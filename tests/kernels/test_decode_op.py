@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decode_cases import Case, make_call
-from multimatrix.ops.decode import SlotRotation, decode_attention
-from multimatrix.ops.rotary import RopeParameters
+from multimatrix.ops.decode import decode_attention
+from multimatrix.ops.rotary import RopeParameters, SlotRotation
 
 CASES = [
     Case(V=64, N=3),

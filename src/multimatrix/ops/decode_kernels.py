@@ -193,6 +193,8 @@ def split_kernel(
     value_scale += group.to(tl.int64) * stride_sg
     factor = scale * LOG2E
     value_factor = 1.0
+    if SCALES == 2:
+        value_factor = tl.zeros([], tl.float32) + 1e-30
     if SCALES == 1:
         factor *= tl.load(key_scale)
         value_factor = tl.load(value_scale)
@@ -261,8 +263,13 @@ def split_kernel(
         total = total * decay + tl.sum(p, 1)
         top = new_top
         if SCALES == 2:
+            # Relative to the largest so far, or small scales would vanish in half precision.
             scale_tile, scale_rows = _rows(start, value_scale, stride_sb, stride_ss, table, n, valid, PAGE, BLOCK_N)
-            p *= tl.load(scale_tile + scale_rows, mask=valid, other=0.0)[None, :]
+            value_scales = tl.load(scale_tile + scale_rows, mask=valid, other=0.0)
+            largest = tl.maximum(value_factor, tl.max(value_scales, 0))
+            p *= (value_scales / largest)[None, :]
+            decay *= value_factor / largest
+            value_factor = largest
         p = p.to(DOT)
         if VALUE == OWN:
             v_tile, v_rows = _rows(start, value, stride_vb, stride_vs, table, n, valid, PAGE, BLOCK_N)
@@ -287,8 +294,9 @@ def split_kernel(
         if HAS_SINKS:
             sink = tl.load(sinks + total_head, mask=row_valid, other=0.0).to(tl.float32) * LOG2E
             highest = tl.maximum(total2, sink)
+            highest = tl.where(highest == float("-inf"), 0.0, highest)
             with_sink = highest + tl.log2(tl.exp2(total2 - highest) + tl.exp2(sink - highest))
-            weight *= tl.exp2(total2 - with_sink)
+            weight *= tl.where(total > 0, tl.exp2(total2 - with_sink), 0.0)
             total2 = with_sink
         o_at = batch.to(tl.int64) * stride_ob + total_head.to(tl.int64) * stride_on + token * stride_ot
         lse_at = (batch * groups * heads + total_head).to(tl.int64) * tokens + token
