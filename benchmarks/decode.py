@@ -31,8 +31,8 @@ from typing import Any
 
 import torch
 
-from decode_cases import MODES, make_cases, parse_shape
 from decode_measure import Bench, Budget, rounded
+from decode_modes import MODES, make_cases, parse_shape
 from decode_peers import peers
 from decode_report import markdown, print_tables
 from multimatrix.environment import environment

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decode_cases import (
+from decode_modes import (
     PEER_TOLERANCE,
     TOLERANCE,
     Case,

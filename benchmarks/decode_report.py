@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from decode_cases import MODES
+from decode_modes import MODES
 
 KERNEL = {
     "**multimatrix**, us": lambda row: f"{row['us']:,.1f}",
