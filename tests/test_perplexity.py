@@ -12,6 +12,7 @@ import torch
 
 from cases import DECODERS, random_ids, random_model
 from command import multimatrix
+from damage import change_config
 from multimatrix.data import load_tokenizer
 from multimatrix.errors import InputError
 from multimatrix.evaluate.perplexity import cut, loss_by_position, perplexity, token_losses, windows
@@ -195,7 +196,8 @@ def test_bad_input(folder, tmp_path, words, sentence) -> None:
 def test_folders_that_do_not_load(folder, tmp_path) -> None:
     (tmp_path / "text.txt").write_text("some text")
     score = ("--perplexity", tmp_path / "text.txt")
-    assert "has no config.json" in multimatrix("evaluate", tmp_path / "none", *score).sentence
+    assert "there is no folder" in multimatrix("evaluate", tmp_path / "none", *score).sentence
+    assert "has no config.json" in multimatrix("evaluate", tmp_path, *score).sentence
     assert "give the folder of a saved model" in multimatrix("evaluate", *score).sentence
 
     bare = tmp_path / "bare"
@@ -207,6 +209,10 @@ def test_folders_that_do_not_load(folder, tmp_path) -> None:
     load_tokenizer("bytes", []).save_pretrained(small)
     assert "ids up to 256 and the model embeds 200" in multimatrix("evaluate", small, *score).sentence
 
+    change_config(small, hidden_size="wide")
+    assert "'hidden_size' expected int" in multimatrix("evaluate", small, *score).sentence
+    (small / "config.json").write_text("[]")
+    assert "holds a JSON list" in multimatrix("evaluate", small, *score).sentence
     (small / "config.json").write_text('{"model_type": "nobody-knows"}')
     assert "cannot be loaded" in multimatrix("evaluate", small, *score).sentence
 

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from multimatrix.errors import InputError, one_line
 from multimatrix.model.configuration import MultimatrixConfig
-from multimatrix.model.loading import load_model
+from multimatrix.model.loading import load_config, load_model
+from multimatrix.model.saved_files import read_config
 
 
 def load(folder: str, dtype: Any, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -18,12 +19,12 @@ def load(folder: str, dtype: Any, device: str) -> tuple[PreTrainedModel, PreTrai
     Raises:
         InputError: the folder does not hold both, they do not load, or the tokenizer has more ids than the model.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise InputError(f"{folder} has no config.json; give the folder of a saved causal language model")
+    ours = read_config(Path(folder))["model_type"] == MultimatrixConfig.model_type
+    if ours:
+        load_config(Path(folder))  # before the tokenizer, which reads the config as well and would be blamed
     tokenizer = _load_tokenizer(folder)
     try:
-        kind = MultimatrixConfig.get_config_dict(folder)[0].get("model_type")
-        if kind == MultimatrixConfig.model_type:
+        if ours:
             model = load_model(folder, dtype=None if dtype == "auto" else dtype, device=device)
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
