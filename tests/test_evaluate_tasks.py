@@ -598,6 +598,8 @@ def test_list(bench) -> None:
         (("--tasks", "bbh"), "generates up to 1024 tokens and the context is 128"),
         (("--tasks", "piqa", "--context", 8), "an answer of the tasks has 24 tokens and the context 8"),
         (("--tasks", "piqa", "--limit", 0), None),
+        (("--tasks", "piqa", "--seed", -1), None),
+        (("--tasks", "piqa", "--seed", 2**32), None),
     ],
 )
 def test_bad_input(folder, bench, words, sentence) -> None:

@@ -180,15 +180,16 @@ def test_command(folder, tmp_path) -> None:
         (("--perplexity", "TEXT", "--dtype", "int8"), "dtype must be one of"),
         (("--perplexity", "TEXT", "--device", "warp"), "device 'warp' cannot be used"),
         (("--perplexity", "TEXT", "--limit", 3), "--limit has no effect without --tasks"),
-        (("--perplexity", "TEXT", "--out", "FOLDER"), "is a folder; give --out a file"),
+        (("--perplexity", "TEXT", "--out", "FOLDER"), "is a folder; name a file, for example"),
+        (("--perplexity", "TEXT", "--out", "TEXT/deep/p.json"), "no file can be written at"),
         (("--perplexity", "nowhere.txt"), "nowhere.txt does not exist"),
         (("--stride", 3, "--tasks", "piqa"), "--stride has no effect without --perplexity"),
-        (("TEXT", "--tasks", "piqa"), "has no effect without --perplexity"),
+        (("TEXT", "--tasks", "piqa"), "files has no effect without --perplexity"),
     ],
 )
 def test_bad_input(folder, tmp_path, words, sentence) -> None:
     (tmp_path / "text.txt").write_text("some text")
-    places = {"TEXT": tmp_path / "text.txt", "FOLDER": tmp_path}
+    places = {"TEXT": tmp_path / "text.txt", "FOLDER": tmp_path, "TEXT/deep/p.json": tmp_path / "text.txt/deep/p.json"}
     done = multimatrix("evaluate", folder, *(places.get(word, word) for word in words))
     assert sentence in done.sentence
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from multimatrix.cli.options import MaxShardSize, byte_count, refuse_beside
+from multimatrix.cli.options import MaxShardSize, byte_count, quiet_transformers, refuse_beside
 from multimatrix.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,15 +18,12 @@ if TYPE_CHECKING:
 
 def _portable(source: Path, out: Path, max_shard_size: int, check: bool) -> list[str]:
     """Weights and code: loads with trust_remote_code=True where multimatrix is not installed."""
-    from transformers.utils import logging
-
     from multimatrix.convert.checkpoint import copy_companions
     from multimatrix.files import new_folder, writing
     from multimatrix.model.card import FILE, model_card, write_card
     from multimatrix.model.loading import load_model
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    quiet_transformers()
     with new_folder(out) as folder:
         model = load_model(source)
         checks = _agreement(model, source) if check else None

@@ -32,7 +32,10 @@ def import_(
     ] = None,
     max_shard_size: MaxShardSize = "5GB",
 ) -> None:
-    """Write a checkpoint of another format as a multimatrix model; every bit of its weights is kept."""
+    """Write a checkpoint of another format as a multimatrix model.
+
+    Every bit of its weights is kept.
+    """
     from multimatrix.model.saved_files import read_config
 
     if format_ is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from multimatrix.compare.configuration import make_comparison
 from multimatrix.compare.matching import Candidate
 from multimatrix.compare.progress import Progress
 from multimatrix.compare.run import Prepared, prepare, run_comparison
+from multimatrix.environment import command_line
 from multimatrix.errors import InputError
 
 
@@ -37,9 +36,8 @@ def run_command(preset: str | None, settings: dict[str, Any], out: str, *, dry_r
     if dry_run:
         return 0
     directory = Path(out)
-    command = "multimatrix " + shlex.join(sys.argv[1:])
     try:
-        results = run_comparison(prepared, directory, command=command, say=progress.say, show=progress.show)
+        results = run_comparison(prepared, directory, command=command_line(), say=progress.say, show=progress.show)
     except KeyboardInterrupt:
         progress.say(f"interrupted; what was finished is in {directory}, and the same command goes on from there")
         return 130

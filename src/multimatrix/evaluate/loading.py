@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from multimatrix.errors import InputError, one_line
@@ -13,8 +13,8 @@ from multimatrix.model.loading import load_config, load_model
 from multimatrix.model.saved_files import read_config
 
 
-def load(folder: str, dtype: Any, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The model of `folder` in this torch.dtype, or "auto" for that of the file, on this device, and its tokenizer.
+def load(folder: str, dtype: torch.dtype | None, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model of `folder` on this device, in this dtype or that of the file, and its tokenizer.
 
     Raises:
         InputError: the folder does not hold both, they do not load, or the tokenizer has more ids than the model.
@@ -25,9 +25,10 @@ def load(folder: str, dtype: Any, device: str) -> tuple[PreTrainedModel, PreTrai
     tokenizer = _load_tokenizer(folder)
     try:
         if ours:
-            model = load_model(folder, dtype=None if dtype == "auto" else dtype, device=device)
+            model = load_model(folder, dtype=dtype, device=device)
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+            model = model.to(device).eval()
     except InputError:
         raise
     except Exception as error:  # a damaged or foreign folder is met by transformers and safetensors, each in its way
