@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import transformers
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from multimatrix.compare import report
@@ -71,19 +71,20 @@ def _describe(prepared: Prepared, console: Console) -> None:
 
 def matched_table(candidates: list[Candidate]) -> Table:
     """The matched sizes of every variant."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
     experts = any(candidate.experts is not None for candidate in candidates)
     for header in (
         "variant",
         "heads x dim",
         "FFN width",
-        "parameters",
+        "params",
         *(["active"] if experts else []),
         "mismatch",
-        "KV bytes/token",
+        "KV bytes\n/token",
         "of MHA",
     ):
-        table.add_column(header, justify="left" if header == "variant" else "right", overflow="fold")
+        justify: JustifyMethod = "left" if header == "variant" else "right"
+        table.add_column(header, justify=justify, overflow="fold", no_wrap=header == "FFN width")
     for candidate in candidates:
         row = candidate.row()
         table.add_row(

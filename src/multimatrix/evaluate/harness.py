@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
+from numbers import Real
 from typing import Any
 
 import datasets
@@ -185,7 +186,7 @@ def _metrics(numbers: dict[str, Any], higher_is_better: dict[str, bool]) -> list
 
 
 def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
 @contextlib.contextmanager

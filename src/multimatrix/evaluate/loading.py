@@ -35,7 +35,7 @@ def load(folder: str, dtype: torch.dtype | None, device: str) -> tuple[PreTraine
         raise InputError(
             f"{folder} cannot be loaded: {one_line(error)}; give the folder of a saved causal language model"
         ) from error
-    largest, embedded = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    largest, embedded = max(tokenizer.get_vocab().values(), default=-1), model.get_input_embeddings().weight.shape[0]
     if largest >= embedded:
         raise InputError(
             f"the tokenizer in {folder} has ids up to {largest} and the model embeds {embedded}; "
