@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from cases import DECODERS, random_ids, random_model
 from damage import WEIGHTS as FILE
 from damage import change_config, change_index, change_weights, cut
-from multimatrix import InputError, MultimatrixForCausalLM
+from multimatrix import InputError, MultimatrixConfig, MultimatrixForCausalLM
 from multimatrix.model.loading import load_config, load_model
 
 SPECS = DECODERS["hybrid"]
@@ -283,3 +283,13 @@ def test_refused_sharded_shape(shards):
     name = next(iter(load_file(shards / shard)))
     change_weights(shards, lambda weights: weights.update({name: torch.zeros(1, 2, 3)}), shard)
     assert_refused(shards, f"{name} is [1, 2, 3] in {shard} and [")
+
+
+def test_refused_file_that_cannot_be_opened(single, monkeypatch):
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("multimatrix.model.saved_files.safe_open", denied)
+    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr("multimatrix.model.loading.load_config", lambda folder: MultimatrixConfig())
+    assert_refused(single, "model.safetensors is cut short or damaged: [Errno 13] Permission denied")

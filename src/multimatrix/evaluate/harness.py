@@ -1,6 +1,7 @@
 """lm-evaluation-harness on a loaded model: benchmarks with the settings that make a score comparable.
 
-Everything that decides a score is lm-eval's own: see `multimatrix.evaluate.tasks` for where the rows come from.
+Everything that decides a score is lm-eval's own; `evaluate.tasks` says where rows come from, and
+`evaluate.task_loading` what settings do.
 """
 
 from __future__ import annotations
@@ -42,10 +43,9 @@ SEEDS = {
 
 
 class LocalLM(HFLM):
-    """lm-eval's model around a loaded one; counts the requests that lost tokens on the left, and refuses what breaks.
+    """lm-eval's model around a loaded one; counts its requests, and those that lose tokens on the left.
 
-    Raises:
-        InputError: a continuation is longer than the context.
+    An answer that is longer than the context is an InputError; lm-eval would fail on it.
     """
 
     def __init__(

@@ -169,12 +169,15 @@ def _tensors(path: Path) -> dict[str, StoredTensor]:
 
 def _damage(path: Path, error: Exception) -> str:
     """What is wrong with a file that safetensors refuses, in bytes: 8 for the header's length, the header, the data."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        announced = int.from_bytes(file.read(8), "little")
-        if size < 8 + announced:
-            return f"it has {size:,} bytes, and its header alone needs {8 + announced:,}"
-        header = file.read(announced)
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            announced = int.from_bytes(file.read(8), "little")
+            if size < 8 + announced:
+                return f"it has {size:,} bytes, and its header alone needs {8 + announced:,}"
+            header = file.read(announced)
+    except OSError as unreadable:
+        return one_line(unreadable)
     try:
         tensors = {name: about for name, about in json.loads(header).items() if name != "__metadata__"}
         needed = 8 + announced + max((about["data_offsets"][1] for about in tensors.values()), default=0)
