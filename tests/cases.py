@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from transformers.cache_utils import Cache
 from multimatrix import MultimatrixConfig, MultimatrixForCausalLM
 from multimatrix.attention import VARIANTS, AttentionSpec, make_spec
 from multimatrix.attention.module import Attention
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 # Settings of one variant beyond what all share.
 OWN_SETTINGS: dict[str, list[dict]] = {
@@ -85,10 +88,14 @@ ALL_DECODERS: dict[str, list[AttentionSpec]] = {name: [spec] * 2 for name, spec 
 
 def random_attention(spec: AttentionSpec, dtype: torch.dtype = torch.float64) -> Attention:
     """A layer with no weight at a special value."""
-    module = Attention(spec).to(dtype)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(0.0, 0.5)
+    return randomized(Attention(spec).to(dtype), 0.5)
+
+
+@torch.no_grad()
+def randomized(module: Module, std: float) -> Module:
+    """The module with every weight random, gates and norms included, in evaluation mode."""
+    for parameter in module.parameters():
+        parameter.normal_(0.0, std)
     return module.eval()
 
 
@@ -114,12 +121,8 @@ def small_config(specs: Sequence[AttentionSpec], **changes) -> MultimatrixConfig
 def random_model(
     specs: Sequence[AttentionSpec], dtype: torch.dtype = torch.float64, **changes
 ) -> MultimatrixForCausalLM:
-    """A decoder whose every weight is random, gates and norms included, with visible logits."""
-    model = MultimatrixForCausalLM(small_config(specs, **changes)).to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.4)
-    return model.eval()
+    """A decoder with no weight at a special value and with visible logits."""
+    return randomized(MultimatrixForCausalLM(small_config(specs, **changes)).to(dtype), 0.4)
 
 
 def random_ids(*shape: int) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from cases import randomized
 from multimatrix import MultimatrixConfig, MultimatrixForCausalLM
 
 ATTENTION = {"variant": "mfa", "num_heads": 5, "head_dim": 16, "query_rank": 24, "query_norm": True}
@@ -25,12 +26,7 @@ def our_config(**changes) -> MultimatrixConfig:
 
 
 def our_model(dtype: torch.dtype = torch.float64, **changes) -> MultimatrixForCausalLM:
-    """Every weight random, norms included."""
-    model = MultimatrixForCausalLM(our_config(**changes)).to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.4)
-    return model.eval()
+    return randomized(MultimatrixForCausalLM(our_config(**changes)).to(dtype), 0.4)
 
 
 def saved(folder: Path, model: MultimatrixForCausalLM, **options) -> Path:

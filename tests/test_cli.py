@@ -258,7 +258,7 @@ def buffered() -> dict[str, str]:
         ("folder --variant mha", ["give either"]),
         ("folder --set mha.num_heads=2", ["a saved model has sizes of its own", "--set"]),
         ("folder --position none", ["a saved model has sizes of its own", "--position"]),
-        ("nowhere", ["there is no folder nowhere", "give the folder of a saved multimatrix model"]),
+        ("nowhere", ["there is no folder nowhere", "give the folder of a saved model"]),
         ("--variant mha --dtype int8", ["float64, float32, float16, bfloat16", "'int8'"]),
         ("--variant mha --device nvidia", ["device 'nvidia' cannot be used"]),
         ("--variant mha --device meta", ["device 'meta' cannot be used"]),

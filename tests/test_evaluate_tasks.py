@@ -24,7 +24,8 @@ if importlib.util.find_spec("lm_eval") is None:
 
 from lm_eval.api.instance import Instance
 
-from multimatrix.evaluate.harness import LocalLM, load_tasks, run_tasks
+from multimatrix.evaluate.harness import LocalLM, run_tasks
+from multimatrix.evaluate.task_loading import load_tasks
 from multimatrix.evaluate.tasks import NAMES, SOURCES
 
 BENCH = Path(__file__).parents[2] / "shared" / "data" / "bench"
@@ -237,10 +238,9 @@ def own_tasks(monkeypatch, name: str, splits) -> list:
         return leaves(load_tasks([name], None)[1])
 
 
-def leaves(chosen: dict) -> list:
+def leaves(chosen: list) -> list:
     """In the order of their names."""
-    items = [item for items in chosen.values() for item in items]
-    found = [task for item in items for task in (item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item])]
+    found = [task for item in chosen for task in (item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item])]
     return sorted(found, key=lambda task: task.task_name)
 
 
@@ -598,6 +598,8 @@ def test_list(bench) -> None:
         (("--tasks", "bbh"), "generates up to 1024 tokens and the context is 128"),
         (("--tasks", "piqa", "--context", 8), "an answer of the tasks has 24 tokens and the context 8"),
         (("--tasks", "piqa", "--limit", 0), None),
+        (("--tasks", "piqa", "--seed", -1), None),
+        (("--tasks", "piqa", "--seed", 2**32), None),
     ],
 )
 def test_bad_input(folder, bench, words, sentence) -> None:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from cases import HYBRIDS, logits_in_chunks, padded, random_ids, random_model, small_config
+from cases import HYBRIDS, logits_in_chunks, padded, random_ids, random_model, randomized, small_config
 from multimatrix import MultimatrixConfig, MultimatrixForCausalLM
 from multimatrix.attention import make_spec
 from multimatrix.errors import InputError
@@ -36,11 +36,7 @@ every_spec = pytest.mark.parametrize("sizes", SPECS.values(), ids=SPECS.keys())
 
 
 def random_mixture(sizes: dict, dtype: torch.dtype = torch.float64) -> MixtureOfExperts:
-    module = MixtureOfExperts(make_experts(sizes), H).to(dtype)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(0.0, 0.4)
-    return module
+    return randomized(MixtureOfExperts(make_experts(sizes), H).to(dtype), 0.4).train()
 
 
 def swiglu(x, gate, up, down):

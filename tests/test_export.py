@@ -187,6 +187,7 @@ def test_export_refuses(source, tmp_path, prepare, words, fragments):
 
 def test_export_below_a_file_and_from_nowhere(source, tmp_path):
     make_file(tmp_path / "file")
+    assert "no folder can be made at" in multimatrix("export", source, tmp_path / "new" / ("x" * 300)).sentence
     assert "no folder can be made at" in multimatrix("export", source, tmp_path / "file" / "out").sentence
     assert "there is no folder" in multimatrix("export", tmp_path / "nowhere", tmp_path / "a" / "b" / "out").sentence
     assert contents(tmp_path) == {"source", "file"}

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cases import DECODERS, random_ids, random_model
-from multimatrix import InputError, MultimatrixForCausalLM
+from damage import WEIGHTS as FILE
+from damage import change_config, change_index, change_weights, cut
+from multimatrix import InputError, MultimatrixConfig, MultimatrixForCausalLM
 from multimatrix.model.loading import load_config, load_model
 
 SPECS = DECODERS["hybrid"]
@@ -55,17 +57,6 @@ def assert_refused(folder: Path, *fragments: str) -> None:
     assert "\n" not in sentence
     for fragment in (str(folder), *fragments):
         assert fragment in sentence
-
-
-def change_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def change_weights(folder: Path, change, file: str = "model.safetensors") -> None:
-    weights = load_file(folder / file)
-    change(weights)
-    save_file(weights, folder / file, metadata={"format": "pt"})
 
 
 # ---- what is loaded ----------------------------------------------------------------------------------------------
@@ -137,11 +128,6 @@ def write_header(folder: Path, header: bytes, data: bytes = b"") -> None:
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
 
 
-def cut(folder: Path, left: int) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:left])
-
-
 CONFIGS = {
     "no file": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), "config.json cannot be read as JSON"),
@@ -149,7 +135,7 @@ CONFIGS = {
     "a number": (lambda f: (f / "config.json").write_text("7"), "holds a JSON int, not an object"),
     "no type": (
         lambda f: change_config(f, model_type=None),
-        "no multimatrix model: its config.json names no model_type",
+        "config.json names no model_type",
     ),
     "another": (lambda f: change_config(f, model_type="llama"), "no multimatrix model: it holds a 'llama' model"),
     "typing error": (lambda f: change_config(f, num_hiden_layers=2), "'num_hiden_layers'", "mean 'num_hidden_layers'?"),
@@ -162,19 +148,28 @@ CONFIGS = {
     "a word for a switch": (lambda f: change_config(f, use_cache="yes"), "'use_cache' expected bool"),
     "size of the variant": (lambda f: change_config(f, attention={"variant": "mha", "heads": 4}), "no size 'heads'"),
     "quantized": (lambda f: change_config(f, quantization_config={"quant_method": "x"}), "is quantized"),
+    "generation cut": (
+        lambda f: (f / "generation_config.json").write_text("{"),
+        "generation_config.json cannot be read as JSON",
+    ),
+    "generation a list": (lambda f: (f / "generation_config.json").write_text("[]"), "holds a JSON list"),
 }
 WEIGHTS = {
     "none": (
         lambda f: (f / "model.safetensors").unlink(),
         "neither model.safetensors nor model.safetensors.index.json",
     ),
+    "index as well": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
+        "has both model.safetensors and model.safetensors.index.json",
+    ),
     "pickled": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         "holds pytorch_model.bin, and only safetensors are read",
     ),
-    "empty file": (lambda f: cut(f, 0), "it has 0 bytes, and its header alone needs 8"),
-    "cut in the header": (lambda f: cut(f, 100), "it has 100 bytes, and its header alone needs "),
-    "cut in the data": (lambda f: cut(f, 50_000), "it has 50,000 bytes, and its tensors need "),
+    "empty file": (lambda f: cut(f / FILE, 0), "it has 0 bytes, and its header alone needs 8"),
+    "cut in the header": (lambda f: cut(f / FILE, 100), "it has 100 bytes, and its header alone needs "),
+    "cut in the data": (lambda f: cut(f / FILE, 50_000), "it has 50,000 bytes, and its tensors need "),
     "longer": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes() + b"\0" * 3),
         " bytes, and its tensors need ",
@@ -240,15 +235,8 @@ def test_refused_sizes_of_a_cut_file(single):
     """The sizes in the sentence are those of the file and of its header's last tensor."""
     path = single / "model.safetensors"
     whole = path.stat().st_size
-    cut(single, whole - 1)
+    cut(path, -1)
     assert_refused(single, f"it has {whole - 1:,} bytes, and its tensors need {whole:,}")
-
-
-def change_index(folder: Path, change) -> None:
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    change(index["weight_map"])
-    path.write_text(json.dumps(index))
 
 
 def second_shard(folder: Path) -> str:
@@ -262,9 +250,9 @@ def test_refused_shard_missing(shards):
 
 
 def test_refused_shard_cut(shards):
-    path = shards / second_shard(shards)
-    path.write_bytes(path.read_bytes()[:-5])
-    assert_refused(shards, path.name, "its tensors need")
+    shard = second_shard(shards)
+    cut(shards / shard, -5)
+    assert_refused(shards, shard, "its tensors need")
 
 
 def test_refused_index_naming_tensors_a_shard_lacks(shards):
@@ -287,7 +275,7 @@ def test_refused_index_without_a_map(shards):
         (shards / "model.safetensors.index.json").write_text(text)
         assert_refused(shards, "has no weight_map")
     (shards / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
-    assert_refused(shards, "lacks ../model.safetensors")
+    assert_refused(shards, "has no weight_map from tensors to files beside it")
 
 
 def test_refused_sharded_shape(shards):
@@ -295,3 +283,13 @@ def test_refused_sharded_shape(shards):
     name = next(iter(load_file(shards / shard)))
     change_weights(shards, lambda weights: weights.update({name: torch.zeros(1, 2, 3)}), shard)
     assert_refused(shards, f"{name} is [1, 2, 3] in {shard} and [")
+
+
+def test_refused_file_that_cannot_be_opened(single, monkeypatch):
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("multimatrix.model.saved_files.safe_open", denied)
+    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr("multimatrix.model.loading.load_config", lambda folder: MultimatrixConfig())
+    assert_refused(single, "model.safetensors is cut short or damaged: [Errno 13] Permission denied")

@@ -22,7 +22,7 @@ from multimatrix import MultimatrixConfig, MultimatrixForCausalLM
 from multimatrix.attention import make_spec
 from multimatrix.errors import InputError
 from multimatrix.evaluate.cache_bytes import stored_bytes
-from multimatrix.model.modeling import DecoderLayer
+from multimatrix.model.layer import DecoderLayer
 from multimatrix.ops.rotary import RopeParameters, Rotation
 from multimatrix.plan.numbers import decoder_parameters, kv_bytes_per_token, match_intermediate_size
 

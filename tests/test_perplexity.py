@@ -12,6 +12,7 @@ import torch
 
 from cases import DECODERS, random_ids, random_model
 from command import multimatrix
+from damage import change_config
 from multimatrix.data import load_tokenizer
 from multimatrix.errors import InputError
 from multimatrix.evaluate.perplexity import cut, loss_by_position, perplexity, token_losses, windows
@@ -179,15 +180,16 @@ def test_command(folder, tmp_path) -> None:
         (("--perplexity", "TEXT", "--dtype", "int8"), "dtype must be one of"),
         (("--perplexity", "TEXT", "--device", "warp"), "device 'warp' cannot be used"),
         (("--perplexity", "TEXT", "--limit", 3), "--limit has no effect without --tasks"),
-        (("--perplexity", "TEXT", "--out", "FOLDER"), "is a folder; give --out a file"),
+        (("--perplexity", "TEXT", "--out", "FOLDER"), "is a folder; name a file, for example"),
+        (("--perplexity", "TEXT", "--out", "TEXT/deep/p.json"), "no file can be written at"),
         (("--perplexity", "nowhere.txt"), "nowhere.txt does not exist"),
         (("--stride", 3, "--tasks", "piqa"), "--stride has no effect without --perplexity"),
-        (("TEXT", "--tasks", "piqa"), "has no effect without --perplexity"),
+        (("TEXT", "--tasks", "piqa"), "files has no effect without --perplexity"),
     ],
 )
 def test_bad_input(folder, tmp_path, words, sentence) -> None:
     (tmp_path / "text.txt").write_text("some text")
-    places = {"TEXT": tmp_path / "text.txt", "FOLDER": tmp_path}
+    places = {"TEXT": tmp_path / "text.txt", "FOLDER": tmp_path, "TEXT/deep/p.json": tmp_path / "text.txt/deep/p.json"}
     done = multimatrix("evaluate", folder, *(places.get(word, word) for word in words))
     assert sentence in done.sentence
 
@@ -195,7 +197,8 @@ def test_bad_input(folder, tmp_path, words, sentence) -> None:
 def test_folders_that_do_not_load(folder, tmp_path) -> None:
     (tmp_path / "text.txt").write_text("some text")
     score = ("--perplexity", tmp_path / "text.txt")
-    assert "has no config.json" in multimatrix("evaluate", tmp_path / "none", *score).sentence
+    assert "there is no folder" in multimatrix("evaluate", tmp_path / "none", *score).sentence
+    assert "has no config.json" in multimatrix("evaluate", tmp_path, *score).sentence
     assert "give the folder of a saved model" in multimatrix("evaluate", *score).sentence
 
     bare = tmp_path / "bare"
@@ -207,6 +210,10 @@ def test_folders_that_do_not_load(folder, tmp_path) -> None:
     load_tokenizer("bytes", []).save_pretrained(small)
     assert "ids up to 256 and the model embeds 200" in multimatrix("evaluate", small, *score).sentence
 
+    change_config(small, hidden_size="wide")
+    assert "'hidden_size' expected int" in multimatrix("evaluate", small, *score).sentence
+    (small / "config.json").write_text("[]")
+    assert "holds a JSON list" in multimatrix("evaluate", small, *score).sentence
     (small / "config.json").write_text('{"model_type": "nobody-knows"}')
     assert "cannot be loaded" in multimatrix("evaluate", small, *score).sentence
 

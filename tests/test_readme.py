@@ -3,54 +3,83 @@
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
+import zstandard
+
+from cases import DECODERS, random_model
+from command import multimatrix
+from multimatrix import cli
+from multimatrix.data import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-
-
-COMMANDS = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# (language, text) in the order of the page.
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)
+COMMANDS = [
+    line.split("#")[0].strip()
+    for language, text in BLOCKS
+    if language == "bash"
+    for line in text.splitlines()
+    if line.strip()
+]
 
 
 def test_the_readme_names_every_command():
-    commands = {shlex.split(line)[1] for line in COMMANDS if line.startswith("multimatrix ")}
-    assert commands == {"capacity", "compare", "check"}
+    named = {shlex.split(line)[1] for line in COMMANDS if line.startswith("multimatrix ")}
+    assert named == {command.__name__.strip("_") for command in cli.COMMANDS}
     assert "make demo" in COMMANDS
     assert "make test" in COMMANDS
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("multimatrix ")])
-def test_command(line, tmp_path):
-    # Training takes minutes, so comparisons stop after reading the text and matching the sizes.
-    words = shlex.split(line)[1:] + (["--dry-run"] if " compare " in line else [])
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder but for what the README says is the reader's own, and what `make demo` leaves behind."""
     text = "\n".join('{"text": "' + f"story {i} of the fox and the hen " * 40 + '"}' for i in range(400))
-    import zstandard
-
     (tmp_path / "corpus.jsonl.zst").write_bytes(zstandard.compress(text.encode()))
-    words = ["bpe:300" if word == "bpe:4096" else word for word in words]
-    done = subprocess.run(
-        [sys.executable, "-m", "multimatrix", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "piqa_valid.jsonl").write_text(
+        '{"goal": "open a jar", "sol1": "twist the lid", "sol2": "eat it", "label": 0}\n'
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    choices = '[{"text": "wet", "label": "A"}, {"text": "dry", "label": "B"}]'
+    (tmp_path / "bench" / "arc_easy_test.jsonl").write_text(
+        f'{{"id": "1", "question": {{"stem": "What is water?", "choices": {choices}}}, "answerKey": "A"}}\n'
+    )
+    trained, tokenizer = tmp_path / "runs" / "demo" / "runs" / "mfa-seed0" / "model", load_tokenizer("bytes", [])
+    random_model(DECODERS["mfa"], torch.float32, vocab_size=len(tokenizer)).save_pretrained(trained)
+    tokenizer.save_pretrained(trained)
+    (tmp_path / "README.md").write_text("A page of the checkout.")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "page.md").write_text("Another one.")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_readme_from_top_to_bottom(folder):
+    """Every command and every block of Python in the order of the page: later ones use what earlier ones wrote."""
+    for language, text in BLOCKS:
+        if language == "python":
+            exec(compile(text, "README.md", "exec"), {})
+        if language != "bash":
+            continue
+        for line in text.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] != ["multimatrix"]:
+                continue
+            # Training takes minutes, so comparisons stop after reading the text and matching the sizes.
+            words += ["--dry-run"] if words[1] == "compare" else []
+            done = multimatrix(*("bpe:300" if word == "bpe:4096" else word for word in words[1:]))
+            assert done.status == 0, (line, done.err)
+            assert done.out.strip(), line
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("make ")])
 def test_make_targets_exist(line):
     subprocess.run([*shlex.split(line), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
-
-
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python(code, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
 
 
 def test_capacity_table_is_what_the_command_prints(capsys):
@@ -60,7 +89,7 @@ def test_capacity_table_is_what_the_command_prints(capsys):
     recipe = load_recipe("paper-7b")
     _print_capacity(capacity_rows(recipe.specs, recipe.num_hidden_layers, 8192), recipe.title)
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    shown = blocks("text")[0].rstrip().splitlines()
+    shown = next(text for language, text in BLOCKS if language == "text").rstrip().splitlines()
     assert printed[: len(shown)] == shown
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from damage import change_weights
 from multimatrix import MultimatrixForCausalLM
 from multimatrix.convert.step3 import export_step3, import_step3
 from multimatrix.convert.step3_config import loads_exactly, to_step3
@@ -124,6 +125,9 @@ def test_tied_embeddings_are_written_twice(tmp_path):
     assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
     assert fields["tie_word_embeddings"] is False
     import_step3(tmp_path / "step3", tmp_path / "back")
+    change_weights(tmp_path / "ours", lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    export_step3(tmp_path / "ours", tmp_path / "again")  # a head that is stored as well is the same head
+    assert same_bits(read_tensors(tmp_path / "again"), tensors)
     ids = random_ids()[None]
     with torch.no_grad():
         assert_close(loaded(tmp_path / "back", torch.float64)(ids).logits, model(ids).logits, rtol=1e-12, atol=1e-12)
@@ -173,6 +177,7 @@ from multimatrix.convert.step3 import export_step3, import_step3
 def memory(kind): return int(re.search(kind + r":\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1000
 folder = Path(sys.argv[1])
 import_step3(folder / "small", folder / "small-ours")
+export_step3(folder / "small-ours", folder / "small-back")
 before = memory("VmRSS")
 import_step3(folder / "step3", folder / "ours", 50 * 10**6)
 export_step3(folder / "ours", folder / "back", 50 * 10**6)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from command import multimatrix
+from damage import INDEX, change_index, cut
 from multimatrix.convert import checkpoint
 from multimatrix.convert.step3 import export_step3, import_step3
 from multimatrix.convert.step3_config import to_step3
@@ -86,14 +87,19 @@ def test_spelled_out_defaults_are_exported(tmp_path):
 def test_a_folder_that_is_not_ours_is_not_exported(tmp_path):
     write_step3(tmp_path / "step3", step3_fields(), step3_tensors(step3_fields()))
     sentence = refusal(export_step3, tmp_path / "step3", tmp_path / "out", tmp_path=tmp_path)
-    assert "holds a 'step3_text' model, not one of ours" in sentence
+    assert "no multimatrix model: it holds a 'step3_text' model" in sentence
     saved(tmp_path / "ours", our_model(torch.float32))
     fields = read_fields(tmp_path / "ours")
     (tmp_path / "ours" / "config.json").write_text(json.dumps(fields | {"vocab_size": 62}))
     sentence = refusal(export_step3, tmp_path / "ours", tmp_path / "out", tmp_path=tmp_path)
-    assert "model.embed_tokens.weight has shape (61, 32), but by config.json it is (62, 32)" in sentence
+    assert "model.embed_tokens.weight is [61, 32] in model.safetensors and [62, 32] by config.json" in sentence
     (tmp_path / "ours" / "config.json").write_text(json.dumps(fields | {"vocab_size": "many"}))
-    assert "config.json cannot be used" in refusal(export_step3, tmp_path / "ours", tmp_path / "out", tmp_path=tmp_path)
+    assert "config.json describes no model that works" in refusal(
+        export_step3, tmp_path / "ours", tmp_path / "out", tmp_path=tmp_path
+    )
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(fields | {"kv_lora_rank": 2}))
+    sentence = refusal(export_step3, tmp_path / "ours", tmp_path / "out", tmp_path=tmp_path)
+    assert "has a field 'kv_lora_rank' that no multimatrix model has" in sentence
 
 
 # ---- what cannot be imported -------------------------------------------------------------------------------------
@@ -126,14 +132,17 @@ NO_IMPORT = {
     "a real list": ({"moe_layers_enum": [1, 2]}, "moe_layers_enum = [1, 2]", 'string "1,2"'),
     "words": ({"moe_layers_enum": "1,two"}, "moe_layers_enum = '1,two'", 'string "1,2"'),
     "layer too many": ({"moe_layers_enum": "1,2,3"}, "lists layer 3", "the 3 layers are 0 to 2"),
-    "one too few": ({"moe_layers_enum": "1"}, "lacks model.layers.2.mlp.gate_proj.weight of shape (40, 32) and 2 more"),
+    "one too few": (
+        {"moe_layers_enum": "1"},
+        "model.layers.2.mlp.gate_proj.weight is in no file and [40, 32] by config.json (9 more",
+    ),
     "no experts": ({"moe_num_experts": 0}, "moe_num_experts = 0"),
     "top-k": ({"moe_top_k": 7}, "7 of 6 experts"),
     "switch": ({"norm_expert_weight": "yes"}, "norm_expert_weight = 'yes', which must be true or false"),
     "router": ({"moe_router_activation": "sigmoid"}, "moe_router_activation = 'sigmoid', and only 'softmax'"),
     "other width": (
         {"share_expert_dim": 21},
-        "model.layers.1.share_expert.gate_proj.weight has shape (20, 32), but by config.json it is (21, 32)",
+        "model.layers.1.share_expert.gate_proj.weight is [20, 32] in model.safetensors and [21, 32] by config.json",
     ),
 }
 
@@ -181,20 +190,20 @@ def drop(tensors, name):
 NO_TENSORS = {
     "missing": (
         lambda t: drop(t, "model.layers.1.self_attn.wq.weight"),
-        "lacks model.layers.1.self_attn.wq.weight of shape (80, 24), which its config.json asks for",
+        "model.layers.1.self_attn.wq.weight is in no file and [80, 24] by config.json;",
     ),
-    "no head": (lambda t: drop(t, "lm_head.weight"), "lacks lm_head.weight of shape (61, 32)"),
+    "no head": (lambda t: drop(t, "lm_head.weight"), "lm_head.weight is in no file and [61, 32] by config.json;"),
     "surplus": (
         lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(24)}),
-        "holds model.layers.0.self_attn.q_proj.bias of shape (24,), which its config.json has no place for",
+        "model.layers.0.self_attn.q_proj.bias is [24] in model-00001-of-00002.safetensors and not in the model of",
     ),
     "shape": (
         lambda t: t.update({"model.layers.0.self_attn.k_proj.weight": torch.ones(8, 32)}),
-        "model.layers.0.self_attn.k_proj.weight has shape (8, 32), but by config.json it is (16, 32)",
+        "model.layers.0.self_attn.k_proj.weight is [8, 32] in model-00001-of-00002.safetensors and [16, 32] by",
     ),
     "transposed": (
         lambda t: t.update({"model.layers.1.moe.up_proj.weight": torch.ones(6, 32, 12)}),
-        "model.layers.1.moe.up_proj.weight has shape (6, 32, 12), but by config.json it is (6, 12, 32)",
+        "model.layers.1.moe.up_proj.weight is [6, 32, 12] in model-00001-of-00002.safetensors and [6, 12, 32] by",
     ),
     "integers": (
         lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
@@ -213,45 +222,42 @@ def test_tensors_that_do_not_fit(case, tmp_path):
     assert part in refusal(import_step3, tmp_path / "step3", tmp_path / "out", tmp_path=tmp_path)
 
 
-def cut(path: Path, keep: float) -> None:
-    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
-
-
 SECOND = "model-00002-of-00003.safetensors"
 
 
-def edit_index(folder: Path, change) -> None:
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    change(index)
-    path.write_text(json.dumps(index))
-
-
 DAMAGE = {
-    "truncated": (lambda f: cut(f / SECOND, 0.9), SECOND, "damaged or was not copied whole"),
-    "header cut": (lambda f: cut(f / SECOND, 0.01), SECOND, "damaged"),
+    "truncated": (lambda f: cut(f / SECOND, -100), SECOND, "is cut short or damaged"),
+    "header cut": (lambda f: cut(f / SECOND, 100), SECOND, "damaged"),
     "empty": (lambda f: (f / SECOND).write_bytes(b""), SECOND, "damaged"),
     "garbage": (lambda f: (f / SECOND).write_bytes(b"\xff" * 4000), SECOND, "damaged"),
     "longer": (lambda f: (f / SECOND).write_bytes((f / SECOND).read_bytes() + b"x"), SECOND, "damaged"),
-    "no shard": (lambda f: (f / SECOND).unlink(), SECOND, "is not there"),
+    "no shard": (lambda f: (f / SECOND).unlink(), f"lacks {SECOND}, a shard that"),
     "shard of others": (
         lambda f: save_file({"x": torch.ones(1)}, f / SECOND),
-        f"{SECOND} holds x, which model.safetensors.index.json does not place there",
+        f"{SECOND} holds x and model.safetensors.index.json does not list it",
     ),
     "not in its shard": (
-        lambda f: edit_index(f, lambda i: i["weight_map"].update({"more": SECOND})),
-        f"{SECOND} does not hold more",
+        lambda f: change_index(f, lambda placed: placed.update({"more": SECOND})),
+        f"{SECOND} has no more, which",
     ),
-    "no map": (lambda f: edit_index(f, lambda i: i.pop("weight_map")), "has no weight_map"),
-    "outside": (lambda f: edit_index(f, lambda i: i["weight_map"].update({"x": "../x"})), "has no weight_map"),
-    "no JSON": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "index.json cannot be read"),
+    "no map": (lambda f: (f / INDEX).write_text("{}"), "has no weight_map"),
+    "outside": (lambda f: change_index(f, lambda placed: placed.update({"x": "../x"})), "has no weight_map"),
+    "no JSON": (lambda f: (f / INDEX).write_text("{"), "index.json cannot be read"),
     "two kinds": (lambda f: (f / "model.safetensors").write_bytes(b""), "has both model.safetensors and"),
-    "no weights": (lambda f: (f / "model.safetensors.index.json").unlink(), "has neither model.safetensors nor"),
+    "no weights": (lambda f: (f / INDEX).unlink(), "has neither model.safetensors nor"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "config no JSON": (lambda f: (f / "config.json").write_text("model_type: x"), "config.json cannot be read"),
-    "config a list": (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object, not a list"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "holds a JSON list, not an object"),
     "config bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json cannot be read"),
 }
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json"])
+def test_damaged_companions(name, tmp_path):
+    write_step3(tmp_path / "step3", step3_fields(), step3_tensors(step3_fields()))
+    (tmp_path / "step3" / name).write_text("[1]")
+    sentence = refusal(import_step3, tmp_path / "step3", tmp_path / "out", tmp_path=tmp_path)
+    assert f"{name} holds a JSON list, not an object" in sentence
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -330,7 +336,7 @@ def test_commands_refuse_in_one_sentence(tmp_path):
     write_step3(tmp_path / "llama", step3_fields(model_type="llama"), {"x": torch.ones(1)})
     folder, out = tmp_path / "step3", tmp_path / "out"
     cases = [
-        (("import", tmp_path / "none", out), "has no config.json"),
+        (("import", tmp_path / "none", out), "there is no folder"),
         (("import", tmp_path / "llama", out), "holds a 'llama' model; those that can be imported are step3_text"),
         (("import", folder, out, "--format", "gguf"), "--format must be one of step3; got 'gguf'"),
         (
@@ -339,7 +345,7 @@ def test_commands_refuse_in_one_sentence(tmp_path):
         ),
         (("import", folder, out, "--max-shard-size", "0"), "got '0'"),
         (("import", folder, folder), "is not empty; name a folder that is not there yet"),
-        (("export", folder, out, "--format", "step3"), "holds a 'step3_text' model, not one of ours"),
+        (("export", folder, out, "--format", "step3"), "no multimatrix model: it holds a 'step3_text' model"),
         (("export", folder, out, "--format", "gguf"), "got 'gguf'"),
     ]
     for words, part in cases:

@@ -1,9 +1,10 @@
-"""Where a number came from: commit, versions, machine."""
+"""Where a number came from: command, commit, versions, machine."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def command_line() -> str:
+    """The command that is running, as it can be pasted into a shell."""
+    return shlex.join(["multimatrix", *sys.argv[1:]])
 
 
 def commit() -> str | None:

@@ -45,16 +45,18 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         InputError: `path` is there already and is more than an empty folder, or no folder can be made beside it.
     """
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file; name a folder that is not there yet")
-    if path.is_dir() and any(path.iterdir()):
-        raise InputError(f"{path} is not empty; name a folder that is not there yet")
-    path = path.resolve()  # "." has no folder beside it
-    made = [parent for parent in path.parents if not parent.exists()]  # the innermost first
+    made: list[Path] = []
     try:
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file; name a folder that is not there yet")
+        if path.is_dir() and any(path.iterdir()):
+            raise InputError(f"{path} is not empty; name a folder that is not there yet")
+        path = path.resolve()  # "." has no folder beside it
+        made = _missing_parents(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
+        _remove_empty(made)
         raise InputError(f"no folder can be made at {path}: {error.strerror}; name another") from error
     try:
         yield temporary
@@ -64,9 +66,37 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        for parent in made:
-            parent.rmdir()
+        _remove_empty(made)
         raise
+
+
+def check_writable(path: Path) -> None:
+    """InputError where no file can be written at `path`: to be asked before the work whose results shall go there."""
+    made: list[Path] = []
+    try:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; name a file, for example {path / 'results.json'}")
+        made = _missing_parents(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, trial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        os.unlink(trial)
+    except OSError as error:
+        raise InputError(f"no file can be written at {path}: {error.strerror}; name another") from error
+    finally:
+        _remove_empty(made)
+
+
+def _missing_parents(path: Path) -> list[Path]:
+    """The folders above `path` that are not there, the innermost first."""
+    return [parent for parent in path.parents if not parent.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove those of the folders, the innermost first, that are there and that nobody has put anything into."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from multimatrix.attention.mha import MHASpec
 from multimatrix.attention.mla import MLASpec
 from multimatrix.attention.mqa import MQASpec
 from multimatrix.errors import InputError
+from multimatrix.fields import check_sizes
 
 __all__ = ["VARIANTS", "AttentionSpec", "CacheLayout", "Capacity", "Weight", "make_spec", "spec_class"]
 
@@ -50,12 +50,6 @@ def make_spec(hidden_size: int, sizes: Mapping[str, Any]) -> AttentionSpec:
     if "variant" not in sizes:
         raise InputError(f"attention sizes need a 'variant', one of {', '.join(VARIANTS)}; got {dict(sizes)}")
     cls = spec_class(sizes["variant"])
-    known = {field.name: field for field in dataclasses.fields(cls) if field.init and field.name != "hidden_size"}
     given = {name: value for name, value in sizes.items() if name != "variant"}
-    for name in given:
-        if name not in known:
-            raise InputError(f"{cls.variant} has no size {name!r}; its sizes are {', '.join(known)}")
-    missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in given]
-    if missing:
-        raise InputError(f"{cls.variant} needs {', '.join(missing)}; its sizes are {', '.join(known)}")
+    check_sizes(cls.variant, given, cls, besides=("hidden_size",))
     return cls(hidden_size=hidden_size, **given)

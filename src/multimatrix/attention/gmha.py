@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from multimatrix.errors import InputError
+from multimatrix.fields import changed_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -327,12 +328,7 @@ class AttentionSpec(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Variant name and every field that is not at its default, for configs and reports."""
-        fields = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.init and field.name != "hidden_size" and getattr(self, field.name) != field.default
-        }
-        return {"variant": self.variant, **fields}
+        return {"variant": self.variant, **changed_sizes(self, besides=("hidden_size",))}
 
 
 def split_heads(x: Tensor, dim: int) -> Tensor:

@@ -22,7 +22,10 @@ def capacity(
     sizes: Sizes = None,
     as_json: Json = False,
 ) -> None:
-    """Print the paper's capacity table with numbers filled in: parameters, cache, heads and ranks of every variant."""
+    """Print the paper's capacity table with numbers filled in.
+
+    Parameters, cache, heads and ranks of every variant.
+    """
     from multimatrix.attention.sizes import specs_from_labels
     from multimatrix.plan.capacity import capacity_rows, load_recipe
 

@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from multimatrix.cli.options import Json, Position, Sizes, check_device, refuse_beside
+from multimatrix.cli.options import (
+    Json,
+    Position,
+    Sizes,
+    check_device,
+    plain_table,
+    quiet_transformers,
+    refuse_beside,
+    torch_dtype,
+)
 from multimatrix.errors import InputError
 
 
@@ -24,31 +33,29 @@ def check(
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Print the agreement table of a saved model or a variant; exit status 1 if any check fails."""
+    """Print the agreement table of a saved model or a variant.
+
+    The exit status is 1 if any check fails.
+    """
     if (model is None) == (variant is None):
         raise InputError("give either the folder of a saved model or --variant NAME")
     if model is not None:
         refuse_beside(ctx, "a saved model has sizes of its own", "hidden_size", "head_dim", "position", "sizes")
-    from transformers.utils import logging
-
     from multimatrix.attention.sizes import specs_from_labels
     from multimatrix.evaluate import agreement
     from multimatrix.model.loading import load_model
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    precisions = {str(known).removeprefix("torch."): known for known in agreement.TOLERANCES}
-    if dtype not in precisions:
-        raise InputError(f"dtype must be one of {', '.join(precisions)}; got {dtype!r}")
+    quiet_transformers()
+    precision = torch_dtype(dtype)
     check_device(device)
     if variant is not None:
         specs = specs_from_labels(
             [variant], hidden_size=hidden_size, head_dim=head_dim, overrides=sizes or (), position=position
         )
-        subject = agreement.random_model(specs[variant], precisions[dtype], device)
+        subject = agreement.random_model(specs[variant], precision, device)
     else:
         assert model is not None
-        subject = load_model(model, dtype=precisions[dtype], device=device)
+        subject = load_model(model, dtype=precision, device=device)
     checks = agreement.check_model(subject)
     failed = [row.name for row in checks if not row.passed]
     if as_json:
@@ -68,11 +75,9 @@ def check(
 
 def _print_checks(checks: list[Any], title: str) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=None, title=title, title_justify="left", header_style="bold", pad_edge=False)
-    for header in ("check", "largest error", "tolerance", "verdict", "what was run"):
-        table.add_column(header, justify="right" if header in ("largest error", "tolerance") else "left")
+    headers = ("check", "largest error", "tolerance", "verdict", "what was run")
+    table = plain_table(title, headers, right=("largest error", "tolerance"))
     for row in checks:
         verdict = "[green]agrees[/]" if row.passed else "[bold red]DISAGREES[/]"
         table.add_row(row.name, f"{row.error:.1e}", f"{row.tolerance:.0e}", verdict, row.detail)

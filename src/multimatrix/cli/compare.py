@@ -49,9 +49,9 @@ def compare(
     out: Annotated[str | None, typer.Option(help="Run directory; default: runs/PRESET or runs/compare.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Read the text, match the sizes, print them, stop.")] = False,
 ) -> None:
-    """Train every variant on the same text under one protocol: what does each byte of cache buy?
+    """Train every variant under one protocol.
 
-    The same command again resumes; more variants or seeds extend a comparison.
+    What does each byte of cache buy? The same command again resumes; more variants or seeds extend a comparison.
     """
     from multimatrix.compare.command import run_command
 

@@ -9,44 +9,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from multimatrix.cli.options import MaxShardSize, byte_count, refuse_beside
+from multimatrix.cli.options import MaxShardSize, byte_count, quiet_transformers, refuse_beside
 from multimatrix.errors import InputError
 
 if TYPE_CHECKING:
     from multimatrix.model.modeling import MultimatrixForCausalLM
 
-# What goes along as it is, where the model's folder has it: the tokenizer, and a README.md that is not ours.
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "README.md",
-)
-
 
 def _portable(source: Path, out: Path, max_shard_size: int, check: bool) -> list[str]:
     """Weights and code: loads with trust_remote_code=True where multimatrix is not installed."""
-    from transformers.utils import logging
-
+    from multimatrix.convert.checkpoint import copy_companions
     from multimatrix.files import new_folder, writing
-    from multimatrix.model.card import model_card, write_card
+    from multimatrix.model.card import FILE, model_card, write_card
     from multimatrix.model.loading import load_model
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    with writing(out), new_folder(out) as folder:
+    quiet_transformers()
+    with new_folder(out) as folder:
         model = load_model(source)
         checks = _agreement(model, source) if check else None
-        for name in COMPANIONS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-        model.save_pretrained(folder, include_code=True, max_shard_size=max_shard_size)
-        write_card(folder, model_card(model, has_code=True, checks=checks))
+        with writing(out):
+            copy_companions(source, folder)
+            if (source / FILE).is_file():  # one that is not ours is kept
+                shutil.copyfile(source / FILE, folder / FILE)
+            model.save_pretrained(folder, include_code=True, max_shard_size=max_shard_size)
+            write_card(folder, model_card(model, has_code=True, checks=checks))
         size = sum(path.stat().st_size for path in folder.iterdir())
     checked = f"{len(checks)} checks agree" if checks is not None else "not checked"
     return [f"{out}: {model.num_parameters():,} parameters, {size:,} bytes, {checked}"]

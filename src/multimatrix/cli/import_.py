@@ -32,11 +32,14 @@ def import_(
     ] = None,
     max_shard_size: MaxShardSize = "5GB",
 ) -> None:
-    """Write a checkpoint of another format as a multimatrix model; every bit of its weights is kept."""
-    from multimatrix.convert.checkpoint import read_config
+    """Write a checkpoint of another format as a multimatrix model.
+
+    Every bit of its weights is kept.
+    """
+    from multimatrix.model.saved_files import read_config
 
     if format_ is None:
-        kind = str(read_config(folder).get("model_type"))
+        kind = read_config(folder)["model_type"]
         if kind not in MODEL_TYPES:
             raise InputError(
                 f"{folder} holds a {kind!r} model; those that can be imported are {', '.join(MODEL_TYPES)}"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from multimatrix.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Sizes = Annotated[
@@ -21,18 +25,23 @@ Position = Annotated[str, typer.Option(help="Position encoding of every variant:
 
 def refuse_beside(ctx: typer.Context, fact: str, *names: str) -> None:
     """InputError where an option was given that has no effect, because of `fact`."""
-    for option in ctx.command.params:
-        source = ctx.get_parameter_source(option.name) if option.name in names else None
-        if source is not None and source.name == "COMMANDLINE":
-            raise InputError(f"{fact}, which {option.opts[0]} cannot change; leave one of them out")
+    if option := _given(ctx, names):
+        raise InputError(f"{fact}, which {option} cannot change; leave one of them out")
 
 
 def refuse_without(ctx: typer.Context, needed: str, *names: str) -> None:
     """InputError where an option was given that has no effect because `needed` was not."""
+    if option := _given(ctx, names):
+        raise InputError(f"{option} has no effect without {needed}; give both or leave it out")
+
+
+def _given(ctx: typer.Context, names: Collection[str]) -> str:
+    """The first of these options that stands on the command line, as it is written there; "" for none."""
     for option in ctx.command.params:
         source = ctx.get_parameter_source(option.name) if option.name in names else None
         if source is not None and source.name == "COMMANDLINE":
-            raise InputError(f"{option.opts[0]} has no effect without {needed}; give both or leave it out")
+            return "/".join([*option.opts[:1], *option.secondary_opts])
+    return ""
 
 
 def check_device(device: str) -> None:
@@ -43,6 +52,34 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of this name; InputError where weights cannot have it."""
+    from multimatrix.model.saved_files import DTYPES
+
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    if name not in known:
+        raise InputError(f"dtype must be one of {', '.join(known)}; got {name!r}")
+    return known[name]
+
+
+def quiet_transformers() -> None:
+    """No bars and no warnings from transformers: what a command prints is ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def plain_table(title: str, headers: Collection[str], right: Collection[str] = ()) -> Any:
+    """A rich Table without lines; right: the headers of columns that hold numbers."""
+    from rich.table import Table
+
+    table = Table(box=None, title=title, title_justify="left", header_style="bold", pad_edge=False)
+    for header in headers:
+        table.add_column(header, justify="right" if header in right else "left", overflow="fold")
+    return table
 
 
 def split_labels(text: str) -> list[str]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import transformers
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from multimatrix.compare import report
@@ -17,6 +15,7 @@ from multimatrix.compare.configuration import make_comparison
 from multimatrix.compare.matching import Candidate
 from multimatrix.compare.progress import Progress
 from multimatrix.compare.run import Prepared, prepare, run_comparison
+from multimatrix.environment import command_line
 from multimatrix.errors import InputError
 
 
@@ -37,9 +36,8 @@ def run_command(preset: str | None, settings: dict[str, Any], out: str, *, dry_r
     if dry_run:
         return 0
     directory = Path(out)
-    command = "multimatrix " + shlex.join(sys.argv[1:])
     try:
-        results = run_comparison(prepared, directory, command=command, say=progress.say, show=progress.show)
+        results = run_comparison(prepared, directory, command=command_line(), say=progress.say, show=progress.show)
     except KeyboardInterrupt:
         progress.say(f"interrupted; what was finished is in {directory}, and the same command goes on from there")
         return 130
@@ -73,19 +71,20 @@ def _describe(prepared: Prepared, console: Console) -> None:
 
 def matched_table(candidates: list[Candidate]) -> Table:
     """The matched sizes of every variant."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
     experts = any(candidate.experts is not None for candidate in candidates)
     for header in (
         "variant",
         "heads x dim",
         "FFN width",
-        "parameters",
+        "params",
         *(["active"] if experts else []),
         "mismatch",
-        "KV bytes/token",
+        "KV bytes\n/token",
         "of MHA",
     ):
-        table.add_column(header, justify="left" if header == "variant" else "right", overflow="fold")
+        justify: JustifyMethod = "left" if header == "variant" else "right"
+        table.add_column(header, justify=justify, overflow="fold", no_wrap=header == "FFN width")
     for candidate in candidates:
         row = candidate.row()
         table.add_row(

@@ -9,17 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multimatrix.convert import step3_format as names
-from multimatrix.convert.checkpoint import (
-    Stored,
-    check_tensors,
-    copy_companions,
-    read_checkpoint,
-    read_config,
-    write_checkpoint,
-)
+from multimatrix.convert.checkpoint import copy_companions, write_checkpoint
 from multimatrix.convert.step3_config import from_step3, to_step3
 from multimatrix.errors import InputError, one_line
 from multimatrix.files import new_folder, write_json, writing
+from multimatrix.model.saved_files import StoredTensor, check_tensors, read_config, stored_tensors
 
 if TYPE_CHECKING:
     from multimatrix.model.configuration import MultimatrixConfig
@@ -54,16 +48,16 @@ def export_step3(model: Path | str, out: Path | str, max_shard_size: int = MAX_S
     Raises:
         InputError: the format cannot state the model, the folder holds no such model, or `out` is not empty.
     """
+    from multimatrix.model.loading import read_model
+
     model, out = Path(model), Path(out)
-    config = _our_config(model)
+    config, tensors = read_model(model)
     fields = to_step3(config)
-    tensors = read_checkpoint(model)
     rows = list(names.tensor_rows(config))
     notes = []
     if config.tie_word_embeddings:
         rows[-1] = rows[-1]._replace(ours=rows[0].ours)
         notes.append("lm_head.weight is a second copy of the tied embedding: engines do not tie the two")
-    check_tensors(model, tensors, {row.ours: row.shape for row in rows})
     return _write(model, out, fields, {row.theirs: tensors[row.ours] for row in rows}, max_shard_size, notes)
 
 
@@ -86,7 +80,7 @@ def import_step3(folder: Path | str, out: Path | str, max_shard_size: int = MAX_
     kind = fields.get("model_type")
     if kind not in (names.MODEL_TYPE, names.VISION_MODEL_TYPE):
         raise InputError(f"{folder} holds a {kind!r} model, not {names.MODEL_TYPE} or {names.VISION_MODEL_TYPE}")
-    tensors, notes = read_checkpoint(folder), []
+    tensors, notes = stored_tensors(folder), []
     if kind == names.VISION_MODEL_TYPE:
         fields = _text_fields(folder, fields)
         text = {name: stored for name, stored in tensors.items() if not name.startswith(names.VISION_TENSORS)}
@@ -107,7 +101,7 @@ def _write(
     source: Path,
     out: Path,
     config: MultimatrixConfig | Mapping[str, Any],
-    tensors: Mapping[str, Stored],
+    tensors: Mapping[str, StoredTensor],
     max_shard_size: int,
     notes: list[str],
 ) -> Converted:
@@ -118,18 +112,6 @@ def _write(
             config.save_pretrained(folder)
         files = [*write_checkpoint(folder, tensors, max_shard_size), "config.json", *copy_companions(source, folder)]
     return Converted(out, len(tensors), sum(t.size for t in tensors.values()), tuple(files), tuple(notes))
-
-
-def _our_config(model: Path) -> MultimatrixConfig:
-    from multimatrix.model.configuration import MultimatrixConfig
-
-    fields = read_config(model)
-    if fields.get("model_type") != MultimatrixConfig.model_type:
-        raise InputError(f"{model} holds a {fields.get('model_type')!r} model, not one of ours")
-    try:
-        return MultimatrixConfig.from_dict(fields)
-    except Exception as error:  # transformers, huggingface_hub and we refuse a value each in our own way
-        raise InputError(f"{model}/config.json cannot be used: {one_line(error)}") from error
 
 
 def _text_fields(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:

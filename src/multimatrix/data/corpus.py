@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -207,23 +208,21 @@ def _format(path: Path) -> str | None:
 
 
 def _read_file(path: Path, field: str) -> Iterable[str]:
-    data = read_bytes(path)
     if _format(path) == ".parquet":
-        return _read_parquet(path, data, field)
+        return _read_parquet(path, _read_bytes(path), field)
+    return _read_jsonl(path, field) if _format(path) == ".jsonl" else [_read_text(path)]
+
+
+def _read_text(path: Path) -> str:
     try:
-        text = data.decode()
+        text = _read_bytes(path).decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 at byte {error.start}; convert it to UTF-8") from error
-    text = text.removeprefix("\ufeff")
-    return _read_jsonl(path, text, field) if _format(path) == ".jsonl" else [text]
+    return text.removeprefix("\ufeff")
 
 
-def read_bytes(path: Path) -> bytes:
-    """What the file holds, unpacked if its name ends in .gz, .xz or .zst.
-
-    Raises:
-        InputError: it cannot be read, is damaged or is cut short.
-    """
+def _read_bytes(path: Path) -> bytes:
+    """What the file holds, unpacked if its name ends in .gz, .xz or .zst; InputError where it is cut or damaged."""
     try:
         data = path.read_bytes()
         match path.suffix.lower():
@@ -266,9 +265,13 @@ def _choose_field(source: str, asked: str, fields: Sequence[str], texts: Sequenc
     )
 
 
-def _read_jsonl(path: Path, text: str, field: str) -> Iterator[str]:
-    chosen = ""
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would also split inside strings
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number, from 1, and object of every line of a jsonl file that is not empty; the file may be packed.
+
+    Raises:
+        InputError: it cannot be read, or a line is no JSON object.
+    """
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):  # splitlines would also split inside strings
         if not line.strip():
             continue
         try:
@@ -276,7 +279,13 @@ def _read_jsonl(path: Path, text: str, field: str) -> Iterator[str]:
         except ValueError as error:
             raise InputError(f"row {number} of {path} is not JSON: {one_line(error)}") from error
         if not isinstance(row, dict):
-            raise InputError(f'row {number} of {path} is not a JSON object; write it as {{"text": ...}}')
+            raise InputError(f'row {number} of {path} is not a JSON object; write one a line, as {{"text": "..."}}')
+        yield number, row
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+    chosen = ""
+    for number, row in read_rows(path):
         chosen = chosen or _choose_field(str(path), field, list(row), [k for k, v in row.items() if isinstance(v, str)])
         document = row.get(chosen, ...)
         if document is None:

@@ -1,12 +1,12 @@
 """lm-evaluation-harness on a loaded model: benchmarks with the settings that make a score comparable.
 
-Everything that decides a score is lm-eval's own: see `multimatrix.evaluate.tasks` for where the rows come from.
+Everything that decides a score is lm-eval's own; `evaluate.tasks` says where rows come from, and
+`evaluate.task_loading` what settings do.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import math
 import os
@@ -14,24 +14,22 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
-from pathlib import Path
+from numbers import Real
 from typing import Any
 
 import datasets
 import lm_eval
-import lm_eval.tasks
 import numpy as np
 import torch
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from multimatrix.errors import InputError, one_line
-from multimatrix.evaluate.tasks import NAMES, LocalRows
+from multimatrix.errors import InputError
+from multimatrix.evaluate.task_loading import configure, leaves, load_tasks, name_of
 
 # Resamples behind the standard error of a metric that has no formula for it, such as LAMBADA's perplexity.
 BOOTSTRAP = 1000
@@ -45,10 +43,9 @@ SEEDS = {
 
 
 class LocalLM(HFLM):
-    """lm-eval's model around a loaded one; counts the requests that lost tokens on the left, and refuses what breaks.
+    """lm-eval's model around a loaded one; counts its requests, and those that lose tokens on the left.
 
-    Raises:
-        InputError: a continuation is longer than the context.
+    An answer that is longer than the context is an InputError; lm-eval would fail on it.
     """
 
     def __init__(
@@ -74,6 +71,7 @@ class LocalLM(HFLM):
     def tok_batch_encode(
         self, strings: Any, padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
     ) -> tuple[Tensor, Tensor]:
+        # Cut here, not there, so that what is cut is counted.
         ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
         if left_truncate_len is None:
             return ids, mask
@@ -113,15 +111,15 @@ def run_tasks(
     with _quiet():
         manager, chosen = load_tasks(names, data_dir)
         lm = LocalLM(model, tokenizer, context, batch_size)
-        for task in _leaves(chosen):
-            _configure(task, lm, num_fewshot, max_new_tokens)
+        for task in (task for item in chosen for task in leaves(item)):
+            configure(task, lm, num_fewshot, max_new_tokens)
             task.set_fewshot_seed(seeds["fewshot"])
         random.seed(seeds["python"])
         np.random.seed(seeds["numpy"])  # noqa: NPY002, the generator that lm-eval draws from
         torch.manual_seed(seeds["torch"])
         found = lm_eval.evaluate(
             lm=lm,
-            task_dict=manager.load([item for items in chosen.values() for item in items]),
+            task_dict=manager.load(chosen),
             limit=limit,
             bootstrap_iters=BOOTSTRAP,
             log_samples=False,
@@ -139,114 +137,18 @@ def run_tasks(
         },
         "requests": lm.requests,
         "truncated_requests": lm.truncated,
-        "scores": {_name(item): _score(item, found) for items in chosen.values() for item in items},
+        "scores": {name_of(item): _score(item, found) for item in chosen},
     }
-
-
-def load_tasks(names: Sequence[str], data_dir: str | None) -> tuple[TaskManager, dict[str, list[Task | Group]]]:
-    """What lm-eval calls by each name: one task, one group, or the tasks of a tag; rows from `data_dir` if given.
-
-    Raises:
-        InputError: a name is unknown or given twice, or a task cannot be loaded.
-    """
-    root = Path(lm_eval.tasks.__file__).parent
-    folders = sorted({root / known.folder for known in NAMES.values()})
-    manager = TaskManager(include_defaults=False, include_path=folders)
-    wanted = [NAMES[name].task if name in NAMES else name for name in names]
-    if not set(wanted) <= set(manager.all_tasks):
-        manager = TaskManager()  # reads ten thousand task files, which takes seconds
-    for name in wanted:
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, {*NAMES, *manager.all_tasks}, n=3)
-            meant = f"did you mean {' or '.join(near)}?" if near else "--tasks list shows some"
-            raise InputError(f"lm-eval {metadata.version('lm_eval')} knows no task {name!r}; {meant}")
-    rows = LocalRows(data_dir).serve() if data_dir is not None else contextlib.nullcontext()
-    chosen: dict[str, list[Task | Group]] = {}
-    with rows:
-        for name in wanted:
-            chosen[name] = _load(manager, name)
-    seen = [task.task_name for task in _leaves(chosen)]
-    if twice := sorted({name for name in seen if seen.count(name) > 1} or {n for n in wanted if wanted.count(n) > 1}):
-        raise InputError(f"the task {twice[0]} is asked for more than once; name it once")
-    return manager, chosen
-
-
-def _load(manager: TaskManager, name: str) -> list[Task | Group]:
-    try:
-        loaded = manager.load(name)
-    except InputError:
-        raise
-    except (ImportError, AssertionError) as error:  # how a task says that it needs another package
-        raise InputError(
-            f"lm-eval's task {name} needs a package that is not installed: {one_line(error).partition('. ')[0]}; "
-            "pip install 'multimatrix[lm-eval]' brings those of all tasks that --tasks list shows"
-        ) from error
-    except Exception as error:  # the hub, a file, a template: each raises in its way
-        raise InputError(
-            f"lm-eval's task {name} cannot be loaded: {one_line(error)}; its rows come from the hub "
-            "unless --data-dir holds them"
-        ) from error
-    if name in loaded["groups"]:
-        return [loaded["groups"][name]]
-    return list(loaded["tasks"].values())
-
-
-def _name(item: Task | Group) -> str:
-    return item.name if isinstance(item, Group) else item.task_name
-
-
-def _leaves(chosen: dict[str, list[Task | Group]]) -> list[Task]:
-    items = [item for items in chosen.values() for item in items]
-    return [task for item in items for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
-
-
-def _configure(task: Task, lm: HFLM, num_fewshot: int | None, max_new_tokens: int | None) -> None:
-    """Set what was asked for, by lm-eval's rules: a task that has 0 examples of its own keeps 0.
-
-    Raises:
-        InputError: lm-eval would only fail on it after the first requests have run, or quietly do something else.
-    """
-    own = task.config.num_fewshot
-    shots = own or 0 if num_fewshot is None or own == 0 else num_fewshot
-    task.set_config("num_fewshot", shots)
-    if shots:
-        config, name = task.config, task.task_name
-        evaluated = config.test_split or config.validation_split
-        fixed = task.fewshot_cfg.samples is not None
-        split = task.fewshot_cfg.split or config.training_split or config.validation_split or config.test_split
-        if hasattr(task, "local_files") and not fixed:
-            if split not in task.dataset or split == evaluated:
-                raise InputError(
-                    f"the data folder has no rows that the {shots} examples of {name} can come from; "
-                    "put the training rows there or give --num-fewshot 0"
-                )
-            if split != task.fewshot_cfg.split and split != "train":
-                task.differences.append(f"the {shots} examples come from the {split} rows, with lm-eval from train")
-        if shots > (available := len(list(task.fewshot_docs()))):
-            raise InputError(f"{name} has {available} rows for examples; give --num-fewshot of at most {available}")
-    if task.OUTPUT_TYPE == "generate_until":
-        own_tokens = task.config.generation_kwargs.get("max_gen_toks", lm.max_gen_toks)
-        tokens = max_new_tokens or own_tokens
-        if tokens >= lm.max_length:
-            raise InputError(
-                f"{task.task_name} generates up to {tokens} tokens and the context is {lm.max_length}; "
-                f"give --max-new-tokens below {lm.max_length} or a larger --context"
-            )
-        task.set_config("generation_kwargs", {"max_gen_toks": tokens}, update=True)
-        if tokens != own_tokens and hasattr(task, "differences"):
-            task.differences.append(f"at most {tokens} tokens are generated, with lm-eval {own_tokens}")
 
 
 def _score(item: Task | Group, found: dict[str, Any]) -> dict[str, Any]:
     """One task's or group's entry in the results."""
-    group = isinstance(item, Group)
-    name = _name(item)
-    leaves = item.get_all_tasks() if group else [item]
-    counts = [found["n-samples"][task.task_name] for task in leaves]
-    shots = {found["n-shot"][task.task_name] for task in leaves}
+    group, name, tasks = isinstance(item, Group), name_of(item), leaves(item)
+    counts = [found["n-samples"][task.task_name] for task in tasks]
+    shots = {found["n-shot"][task.task_name] for task in tasks}
     files: dict[str, str] = {}
     differences: list[str] = []
-    for task in leaves:
+    for task in tasks:
         files |= getattr(task, "local_files", {})
         differences += [text for text in getattr(task, "differences", []) if text not in differences]
     entry = {
@@ -254,14 +156,14 @@ def _score(item: Task | Group, found: dict[str, Any]) -> dict[str, Any]:
         "num_fewshot": shots.pop() if len(shots) == 1 else sorted(shots),
         "rows": sum(count["effective"] for count in counts),
         "rows_available": sum(count["original"] for count in counts),
-        "data_set": getattr(leaves[0], "DATASET_PATH", None),
+        "data_set": getattr(tasks[0], "DATASET_PATH", None),
         "data": "local files" if files else "lm-eval's own",
         "files_sha256": files,
         "differences": differences,
         "metrics": _metrics(found["groups" if group else "results"][name], found["higher_is_better"].get(name, {})),
     }
     if group:
-        entry["subtasks"] = {task.task_name: _score(task, found) for task in leaves}
+        entry["subtasks"] = {task.task_name: _score(task, found) for task in tasks}
     return entry
 
 
@@ -284,7 +186,7 @@ def _metrics(numbers: dict[str, Any], higher_is_better: dict[str, bool]) -> list
 
 
 def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
 @contextlib.contextmanager

@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from multimatrix.errors import InputError, one_line
 from multimatrix.model.configuration import MultimatrixConfig
-from multimatrix.model.loading import load_model
+from multimatrix.model.loading import load_config, load_model
+from multimatrix.model.saved_files import read_config
 
 
-def load(folder: str, dtype: Any, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The model of `folder` in this torch.dtype, or "auto" for that of the file, on this device, and its tokenizer.
+def load(folder: str, dtype: torch.dtype | None, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model of `folder` on this device, in this dtype or that of the file, and its tokenizer.
 
     Raises:
         InputError: the folder does not hold both, they do not load, or the tokenizer has more ids than the model.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise InputError(f"{folder} has no config.json; give the folder of a saved causal language model")
+    ours = read_config(Path(folder))["model_type"] == MultimatrixConfig.model_type
+    if ours:
+        load_config(Path(folder))  # before the tokenizer, which reads the config as well and would be blamed
     tokenizer = _load_tokenizer(folder)
     try:
-        kind = MultimatrixConfig.get_config_dict(folder)[0].get("model_type")
-        if kind == MultimatrixConfig.model_type:
-            model = load_model(folder, dtype=None if dtype == "auto" else dtype, device=device)
+        if ours:
+            model = load_model(folder, dtype=dtype, device=device)
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+            model = model.to(device).eval()
     except InputError:
         raise
     except Exception as error:  # a damaged or foreign folder is met by transformers and safetensors, each in its way
         raise InputError(
             f"{folder} cannot be loaded: {one_line(error)}; give the folder of a saved causal language model"
         ) from error
-    largest, embedded = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    largest, embedded = max(tokenizer.get_vocab().values(), default=-1), model.get_input_embeddings().weight.shape[0]
     if largest >= embedded:
         raise InputError(
             f"the tokenizer in {folder} has ids up to {largest} and the model embeds {embedded}; "

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import datasets
 from lm_eval.api.task import ConfigurableTask
 
-from multimatrix.data.corpus import read_bytes
+from multimatrix.data.corpus import read_rows
 from multimatrix.errors import InputError, one_line
 
 Row = dict[str, Any]
@@ -165,7 +164,7 @@ class LocalRows:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise InputError(f"the data folder {folder} does not exist; give one that holds files as piqa_valid.jsonl")
-        self.read = functools.cache(read_rows)
+        self.read = functools.cache(_rows_and_hash)
 
     @contextlib.contextmanager
     def serve(self) -> Iterator[None]:
@@ -234,21 +233,6 @@ class LocalRows:
             raise InputError(f"a row of {path} is not as {name} needs it: {one_line(error)}") from error
 
 
-def read_rows(path: Path) -> tuple[list[Row], str]:
-    """Rows of a .jsonl or .jsonl.gz file, and the sha256 of the file.
-
-    Raises:
-        InputError: it cannot be read, or a row is not a JSON object.
-    """
-    rows = []
-    for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"row {number} of {path} is not JSON: {one_line(error)}") from error
-        if not isinstance(row, dict):
-            raise InputError(f"row {number} of {path} is not a JSON object; write one object a line")
-        rows.append(row)
-    return rows, hashlib.sha256(path.read_bytes()).hexdigest()
+def _rows_and_hash(path: Path) -> tuple[list[Row], str]:
+    """Rows of a .jsonl or .jsonl.gz file, and the sha256 of the file."""
+    return [row for _, row in read_rows(path)], hashlib.sha256(path.read_bytes()).hexdigest()

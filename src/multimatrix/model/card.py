@@ -17,6 +17,9 @@ FILE = "README.md"
 MARK = "<!-- Written by multimatrix with the model. Without this line it is yours and is never overwritten. -->"
 # What a reader must know about the training of a model; the card says so where one of them was not recorded.
 EXPECTED = ("protocol", "corpus", "tokens", "seed", "validation_loss", "environment", "command")
+# Fields of the config that the card states in sections of their own, and those that are no sizes.
+ELSEWHERE = ("attention", "provenance")
+SWITCHES = ("use_cache", "output_router_logits", "router_aux_loss_coef")
 
 
 def write_card(folder: Path, text: str) -> None:
@@ -48,11 +51,11 @@ def model_card(model: PreTrainedModel, *, has_code: bool, checks: Sequence[Mappi
         *(f"- {tag}" for tag in ("multimatrix", "kv-cache", *variants)),
         "---",
     ]
-    kind = variants[0] if len(variants) == 1 else "hybrid " + ", ".join(variants)
+    kind = f"{variants[0]} attention" if len(variants) == 1 else f"hybrid attention ({', '.join(variants)})"
     parameters = model.num_parameters()
     sections = (
         "\n".join([*header, MARK]),
-        f"# A {kind} language model of {parameters:,} parameters",
+        f"# A language model with {kind}, {parameters:,} parameters",
         "A decoder whose attention saves KV cache, in the `multimatrix` format for Hugging Face transformers.",
         "## Sizes",
         _table(("size", "value"), _sizes(model, parameters)),
@@ -72,7 +75,7 @@ def _sizes(model: PreTrainedModel, parameters: int) -> Iterator[tuple[str, Any]]
     yield "parameters", f"{parameters:,}"
     yield "dtype", _dtype(model)
     for name in type(model.config).__annotations__:
-        if name not in ("attention", "provenance") and (value := getattr(model.config, name)) is not None:
+        if name not in (*ELSEWHERE, *SWITCHES) and (value := getattr(model.config, name)) is not None:
             yield name, value
 
 

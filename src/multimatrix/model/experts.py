@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from multimatrix.errors import InputError
+from multimatrix.fields import changed_sizes, check_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +93,8 @@ class ExpertsSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field that is not at its default, for configs and reports; `make_experts` reads it."""
-        fields = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
-        }
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        fields = changed_sizes(self).items()
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
 
 
 def make_experts(sizes: Mapping[str, Any]) -> ExpertsSpec:
@@ -107,15 +103,9 @@ def make_experts(sizes: Mapping[str, Any]) -> ExpertsSpec:
     Raises:
         InputError: a field is unknown or missing, or the sizes cannot work.
     """
-    known = {field.name: field for field in dataclasses.fields(ExpertsSpec)}
     if not isinstance(sizes, Mapping):
         raise InputError(f"mixture_of_experts is a table of sizes such as {{'num_experts': 8, ...}}, got {sizes!r}")
-    for name in sizes:
-        if name not in known:
-            raise InputError(f"mixture_of_experts has no size {name!r}; its sizes are {', '.join(known)}")
-    missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in sizes]
-    if missing:
-        raise InputError(f"mixture_of_experts needs {', '.join(missing)}; its sizes are {', '.join(known)}")
+    check_sizes("mixture_of_experts", sizes, ExpertsSpec)
     values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
     return ExpertsSpec(**values)
 

@@ -13,9 +13,17 @@ from transformers import GenerationConfig
 from multimatrix.errors import InputError, one_line
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.modeling import MultimatrixForCausalLM
-from multimatrix.model.weight_files import StoredTensor, read_object, stored_tensors
+from multimatrix.model.saved_files import (
+    CONFIG,
+    DTYPES,
+    StoredTensor,
+    check_tensors,
+    read_config,
+    read_object,
+    stored_tensors,
+)
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+GENERATION = "generation_config.json"
 # What transformers reads from a config.json beside the fields of the config class.
 TRANSFORMERS_FIELDS = {
     *("model_type", "auto_map", "quantization_config", "torch_dtype", "name_or_path", "_name_or_path", "_commit_hash"),
@@ -34,15 +42,30 @@ def load_model(
         InputError: the folder holds no multimatrix model, or a config.json and weights that do not belong together.
     """
     folder = Path(folder)
+    _, stored = read_model(folder)
+    if (folder / GENERATION).is_file():
+        read_object(folder / GENERATION)  # transformers ignores one that is cut and trips over a list
+    dtype = dtype or functools.reduce(torch.promote_types, (DTYPES[tensor.dtype] for tensor in stored.values()))
+    return MultimatrixForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+
+
+def read_model(folder: Path) -> tuple[MultimatrixConfig, dict[str, StoredTensor]]:
+    """The config of a saved model of ours and where its tensors are stored; no weight is read.
+
+    Raises:
+        InputError: as `load_model`.
+    """
     config = load_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(
             f"{folder} is quantized, and its tensors cannot be checked; give the model before quantization"
         )
     stored = stored_tensors(folder)
-    _compare(folder, stored, config)
-    dtype = dtype or functools.reduce(torch.promote_types, (DTYPES[tensor.dtype] for tensor in stored.values()))
-    return MultimatrixForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+    with torch.device("meta"):
+        model = MultimatrixForCausalLM(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_tensors(folder, stored, shapes, optional=model.all_tied_weights_keys)
+    return config, stored
 
 
 def load_config(folder: Path) -> MultimatrixConfig:
@@ -51,58 +74,19 @@ def load_config(folder: Path) -> MultimatrixConfig:
     Raises:
         InputError: there is none, or it is another model's, or it has fields that no config of ours has.
     """
-    way_out = "give the folder of a saved multimatrix model"
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}; {way_out}")
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{folder} has no config.json; {way_out}")
-    fields = read_object(path)
-    kind = fields.get("model_type")
-    if kind != MultimatrixConfig.model_type:
-        what = f"it holds a {kind!r} model" if kind else "its config.json names no model_type"
-        raise InputError(f"{folder} is no multimatrix model: {what}; {way_out}")
+    fields = read_config(folder)
+    if (kind := fields["model_type"]) != MultimatrixConfig.model_type:
+        raise InputError(
+            f"{folder} is no multimatrix model: it holds a {kind!r} model; give the folder of a saved multimatrix model"
+        )
     ours = {field.name for field in dataclasses.fields(MultimatrixConfig)}
     known = ours | TRANSFORMERS_FIELDS | set(GenerationConfig().to_dict())
     for name in fields:
         if name not in known:
             near = difflib.get_close_matches(name, ours, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "remove it, or update multimatrix if a newer one wrote it"
-            raise InputError(f"{path} has a field {name!r} that no multimatrix model has; {hint}")
+            raise InputError(f"{folder / CONFIG} has a field {name!r} that no multimatrix model has; {hint}")
     try:
         return MultimatrixConfig.from_dict(fields)
     except Exception as error:  # our config, huggingface_hub's types and transformers refuse each in their way
-        raise InputError(f"{path} describes no model that works: {one_line(error)}") from error
-
-
-def _compare(folder: Path, stored: dict[str, StoredTensor], config: MultimatrixConfig) -> None:
-    """InputError where the stored tensors are not those of the model that the config describes."""
-    with torch.device("meta"):
-        model = MultimatrixForCausalLM(config)
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    differences = [
-        f"{name} is {list(stored[name].shape)} in {stored[name].file} and {shape} by config.json"
-        for name, shape in wanted.items()
-        if name in stored and list(stored[name].shape) != shape
-    ]
-    differences += [
-        f"{name} is in no file and {shape} by config.json"
-        for name, shape in wanted.items()
-        if name not in stored and name not in model.all_tied_weights_keys
-    ]
-    differences += [
-        f"{name} is {list(tensor.shape)} in {tensor.file} and not in the model of config.json"
-        for name, tensor in stored.items()
-        if name not in wanted
-    ]
-    differences += [
-        f"{name} is stored as {tensor.dtype} in {tensor.file} and weights are {', '.join(DTYPES)}"
-        for name, tensor in stored.items()
-        if tensor.dtype not in DTYPES
-    ]
-    if differences:
-        first, *others = differences
-        more = f" ({len(others)} more {'tensor differs' if len(others) == 1 else 'tensors differ'})" if others else ""
-        raise InputError(
-            f"{folder} cannot be loaded: {first}{more}; give the config.json and weights of one saved model"
-        )
+        raise InputError(f"{folder / CONFIG} describes no model that works: {one_line(error)}") from error

@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, sdpa_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -27,14 +26,13 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from multimatrix.attention.gmha import AttentionSpec
 from multimatrix.attention.module import Attention, RMSNorm, RotaryTables
 from multimatrix.errors import InputError
 from multimatrix.model.card import model_card, write_card
 from multimatrix.model.configuration import MultimatrixConfig
-from multimatrix.model.feed_forward import SwiGLU
+from multimatrix.model.layer import DecoderLayer
 from multimatrix.model.masks import within_documents
-from multimatrix.model.mixture import Experts, MixtureOfExperts, load_balancing_loss, share_of_step
+from multimatrix.model.mixture import Experts, load_balancing_loss, share_of_step
 
 # `attn_implementation` -> backend of `ops.attend`; others let it choose. The names of ours demand the decode kernel, or
 # do without it.
@@ -47,49 +45,6 @@ for name in BACKENDS.keys() - {"eager"}:
 CACHE = (
     "cache" if "cache" in {field.name for field in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 )
-
-
-class DecoderLayer(GradientCheckpointingLayer):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
-    def __init__(self, config: MultimatrixConfig, spec: AttentionSpec, layer_idx: int) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(spec, layer_idx, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        experts = config.experts_spec()
-        self.mlp: SwiGLU | MixtureOfExperts
-        if experts is not None and experts.has_experts(layer_idx):
-            self.mlp = MixtureOfExperts(experts, config.hidden_size)
-        else:
-            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-        if config.depth_scaled_init:
-            self.mlp.set_output_std(config.initializer_range * (2 * (layer_idx + 1)) ** -0.5)
-        if config.zero_init_output:
-            getattr(self.self_attn, spec.output_weight).init_std = 0.0
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: RotaryTables,
-        mask: Tensor | None,
-        cache: Cache | None,
-        backend: str,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The new hidden states [B, T, H] and the router's logits [B * T, E] of a layer with experts.
-
-        The logits are an output, not what a hook saw, so that checkpointing of either kind keeps their gradient.
-        """
-        x = x + self.self_attn(
-            self.input_layernorm(x),
-            rotary=rotary,
-            mask=mask,
-            cache=cache,
-            backend=backend,
-        )
-        h = self.post_attention_layernorm(x)
-        y, router_logits = self.mlp(h) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp(h), None)
-        return x + y, router_logits
 
 
 class MultimatrixPreTrainedModel(PreTrainedModel):
