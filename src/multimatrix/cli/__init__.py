@@ -17,6 +17,7 @@ from multimatrix.cli.check import check
 from multimatrix.cli.compare import compare
 from multimatrix.cli.evaluate import evaluate
 from multimatrix.cli.export import export
+from multimatrix.cli.generate import generate
 from multimatrix.cli.import_ import import_
 from multimatrix.errors import InputError
 
@@ -29,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # its boxes cut the names of options short
 )
 
-COMMANDS = (capacity, check, compare, evaluate, import_, export)
+COMMANDS = (capacity, check, compare, evaluate, generate, import_, export)
 for command in COMMANDS:
     app.command(command.__name__.strip("_"))(command)  # `import` is no name for a function
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from multimatrix.errors import InputError
 from multimatrix.ops.alibi import alibi_bias
 from multimatrix.ops.decode import decode_attention, why_not
 from multimatrix.ops.rotary import Rotation, SlotRotation
@@ -63,7 +64,7 @@ def attend(
             turn = None if slopes is None else _on_device(tuple(slopes), q.device)
             return decode_attention(q, latents[0], value, lengths=lengths, scale=scale, slopes=turn, **how)[0]
         if backend == "triton":
-            raise ValueError(f"the decode kernel does not take this: {reason}; choose another attn_implementation")
+            raise InputError(f"the decode kernel does not take this: {reason}; choose another attn_implementation")
     key, value = _keys_and_values(latents, source, value_dim, slot_rope)
     causal = mask is None and tokens == slots and tokens > 1 and slopes is None
     if mask is None and tokens > 1 and not causal:

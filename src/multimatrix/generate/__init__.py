@@ -1,0 +1,1 @@
+"""Text from a saved model, one token after another."""
