@@ -4,10 +4,24 @@ import copy
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from cases import CASES, DECODERS, DEFAULTS, MODELS, padded, random_attention, random_ids, random_model, weights_of
+from cases import (
+    CASES,
+    DECODERS,
+    DEFAULTS,
+    MODELS,
+    logits_in_chunks,
+    padded,
+    random_attention,
+    random_ids,
+    random_model,
+    weights_of,
+)
+from multimatrix.attention import make_spec
 from multimatrix.cli import main
 from multimatrix.evaluate import agreement
+from multimatrix.generate.decoder import Decoder
 from multimatrix.model.experts import make_experts
 from multimatrix.model.mixture import MixtureOfExperts, route
 from multimatrix.ops import grouped
@@ -129,3 +143,53 @@ def test_packed_documents_are_separate_rows(specs, dtype):
     expected = torch.cat([model(document[None]).logits[0] for document in documents])
     error = (model(row, position_ids=positions).logits[0] - expected).norm() / expected.norm()
     assert error < (1e-12 if dtype == torch.float64 else 2e-2)
+
+
+KERNEL_SPECS = {
+    "gqa": {"variant": "gqa", "num_heads": 8, "head_dim": 32, "num_kv_heads": 2},
+    "mla": {"variant": "mla", "num_heads": 8, "head_dim": 32, "rope_head_dim": 16, "latent_dim": 128},
+    "mfa": {"variant": "mfa", "num_heads": 9, "head_dim": 64, "query_rank": 64},
+    "mfa-alibi": {"variant": "mfa", "num_heads": 9, "head_dim": 64, "query_rank": 64, "position": "alibi"},
+    "mfa_kr": {"variant": "mfa_kr", "num_heads": 9, "head_dim": 64, "query_rank": 64},
+    "mfa_kr-partial": {"variant": "mfa_kr", "num_heads": 9, "head_dim": 64, "query_rank": 64, "rotary_dim": 32},
+    "mfa_kr-relative": {
+        "variant": "mfa_kr",
+        "num_heads": 9,
+        "head_dim": 64,
+        "query_rank": 64,
+        "key_reuse": "relative",
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", KERNEL_SPECS.values(), ids=KERNEL_SPECS.keys())
+def test_decoding_with_the_kernel_is_decoding_without(sizes, dtype):
+    model = random_model([make_spec(128, sizes)] * 2, dtype).cuda()
+    ids, mask = (tensor.cuda() for tensor in padded([random_ids(40), random_ids(23)]))
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits[mask == 1].float()
+        errors = {}
+        for name in ("multimatrix_triton", "multimatrix_sdpa"):
+            model.set_attn_implementation(name)
+            for cache in (DynamicCache(config=model.config), model.static_cache(2, 50)):
+                logits = logits_in_chunks(model, ids, [30, 1, 4, 1, 1, 3], cache, mask)[mask == 1].float()
+                error = ((logits - expected).norm() / expected.norm()).item()
+                errors[name] = max(error, errors.get(name, 0.0))
+    assert errors["multimatrix_triton"] < max(2e-5, 2 * errors["multimatrix_sdpa"])
+
+
+@pytest.mark.parametrize("sizes", KERNEL_SPECS.values(), ids=KERNEL_SPECS.keys())
+def test_a_graph_of_the_decode_step_gives_the_same_tokens(sizes):
+    model = random_model([make_spec(128, sizes)] * 2, torch.float32).cuda()
+    ids = random_ids(1, 20).cuda()
+    decoders = [Decoder(model, graph=graph) for graph in (True, False)]
+    with_graph, without = (list(decoder.stream(ids, 30)) for decoder in decoders)
+    assert [decoder.speed.graph for decoder in decoders] == [True, False]
+    assert with_graph == without
+    sampled = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        sampled.append(list(Decoder(model, temperature=5.0, top_p=0.9).stream(ids, 30)))
+    assert sampled[0] == sampled[1]
+    assert len(set(sampled[0])) > 3

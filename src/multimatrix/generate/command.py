@@ -42,8 +42,8 @@ def generate_text(
     if ids.shape[1] + max_new_tokens > positions:
         raise InputError(
             f"{ids.shape[1]} tokens of the prompt and {max_new_tokens} new ones do not fit into the "
-            f"{positions} positions of the model; set --max-new-tokens to at most {positions - ids.shape[1]} or shorten "
-            "the prompt"
+            f"{positions} positions of the model; set --max-new-tokens to at most {positions - ids.shape[1]} or "
+            "shorten the prompt"
         )
     torch.manual_seed(seed)
     decoder = Decoder(model, temperature=temperature, top_p=top_p, graph=graph)
