@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from multimatrix.ops.decode_launch import launch
-from multimatrix.ops.decode_plan import plan_of, split_count
+from multimatrix.ops.decode_plan import block_width, plan_of, split_count
 from multimatrix.ops.rotary import SlotRotation
 
 if TYPE_CHECKING:
@@ -125,8 +125,11 @@ def why_not(
         return f"it does not compute in {q.dtype}"
     if any(dim % 16 or dim > 576 for dim in dims):
         return "its head dims are multiples of 16 up to 576"
-    if source == "unrotated" and (rotation is None or rotation.blocks != 1 or rotation.dim % 32):
-        return "it rotates one block of a multiple of 32"
+    if source == "unrotated":
+        if rotation is None or rotation.blocks != 1 or rotation.dim % 32:
+            return "it rotates one block of a multiple of 32"
+        if 2 * block_width(rotation.dim // 2) + block_width(q.shape[-1] - rotation.dim) > 576:
+            return "half of the rotated part, and the rest, are padded to powers of two, 576 columns at most in all"
     if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.stride(-1) != 1):
         return "it takes boolean masks that all heads share"
     if any(t is not None and t.stride(-1) != 1 for t in (q, key, value)):

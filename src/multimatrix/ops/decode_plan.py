@@ -42,7 +42,7 @@ class Plan:
         kinds = {"own": "OWN", "key": "KEY", "slice": "SLICE", "unrotated": "ROTATE"}
         names = ("W0", "W1", "W2", "V0", "V1")
         widths = dict(zip(names, (*self.key_chunks, *self.value_chunks), strict=True))
-        blocks = {name.replace("V", "VB").replace("W", "B"): _block(width) for name, width in widths.items()}
+        blocks = {name.replace("V", "VB").replace("W", "B"): block_width(width) for name, width in widths.items()}
         return {
             "VALUE": getattr(triton_kernels, kinds[self.source]).value,
             **widths,
@@ -95,6 +95,8 @@ def make_plan(
         warps, stages, waves, tile = 4, 3, 2, 16_384
     else:
         warps, stages, waves, tile = 4, 3, 1, 32_768
+    if itemsize == 4:
+        tile //= 2  # products in float32 keep copies of both operands
     block_slots = max(16, min(64, power_of_two(tile // bytes_per_slot + 1) // 2))
     return Plan(
         source=source,
@@ -119,7 +121,8 @@ def _chunks(dim: int) -> tuple[int, ...]:
     return (first, dim - first) if first < dim else (dim,)
 
 
-def _block(width: int) -> int:
+def block_width(width: int) -> int:
+    """Columns that a chunk of this width takes."""
     return max(16, power_of_two(width)) if width else 0
 
 
