@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Idle OpenMP threads must sleep: beside another busy process, spinning ones slow training tenfold.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-slow test-gpu lint clean
+.PHONY: demo test test-slow test-gpu test-sanitizer lint clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -21,6 +21,7 @@ demo: $(STAMP)
 
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/kernels
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
@@ -28,6 +29,11 @@ test-slow: $(STAMP)
 # On a machine with a CUDA device, with whatever torch is installed there.
 test-gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
+
+# Likewise, with compute-sanitizer: reads and writes outside of memory, and races in shared memory.
+test-sanitizer:
+	PYTHONPATH=src compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/sanitize_decode.py
+	PYTHONPATH=src compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/sanitize_decode.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -193,8 +193,13 @@ def _pages(tensor: Tensor, order: Tensor, page: int) -> Tensor:
     full = torch.full((batch, groups, count * page, dim), NAN, device=tensor.device).to(tensor.dtype)
     full[:, :, :slots] = tensor
     pool = torch.full((order.numel() + 2, groups, page, dim), NAN, device=tensor.device).to(tensor.dtype)
-    pool[order.flatten()] = full.unflatten(2, (count, page)).transpose(1, 2).flatten(0, 1)
+    _bits(pool)[order.flatten()] = _bits(full.unflatten(2, (count, page)).transpose(1, 2).flatten(0, 1))
     return pool
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Not every device can scatter e4m3."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
 def _laid_out(tensor: Tensor, layout: str) -> Tensor:

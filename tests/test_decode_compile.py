@@ -38,12 +38,9 @@ SPILLED = {
 SMALL = Case(B=1, S=64, N=64, dtype=torch.bfloat16, splits=2)
 TUNED = {
     **{
-        f"{source}-{D}": replace(SMALL, source=source, D=D) for source in ("own", "key", "unrotated") for D in (64, 128)
-    },
-    **{
         f"{source}-{D}": replace(SMALL, source=source, D=D)
         for source in ("own", "key", "unrotated")
-        for D in (192, 256, 512)
+        for D in (64, 128, 192, 256, 512)
     },
     "slice-576": replace(SMALL, source="slice", D=576, V=512),
     "partly-256": replace(SMALL, source="unrotated", D=256, R=64),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from decode_cases import SOURCES, Case, assert_agrees, each, make_call, oracle
-from multimatrix.ops.decode import decode_attention
+from multimatrix.ops.decode import decode_attention, plain_decode_attention
 from multimatrix.ops.rotary import RopeParameters
 
 # Relative differences of norms, two to three times what rounding costs.
@@ -150,3 +150,23 @@ def test_lengths_may_change_between_calls():
             call.options[name].copy_(fresh.options[name])
         actual = decode_attention(*call.arguments, **call.options, num_splits=3)
         assert_agrees(actual, oracle(*call.arguments, **call.options), TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("page", [0, 16, 64])
+@pytest.mark.parametrize("source", ["own", "key", "unrotated"])
+def test_slots_before_the_window_may_hold_anything(source, page):
+    """A cache may drop what its window has passed."""
+    case = Case(source=source, B=1, S=150, T=2, N=3, window=40, page=page, splits=2)
+    call = make_call(case)
+    oldest = case.S - case.T - case.window + 1
+    for cache in call.arguments[1:]:
+        if page:
+            table = call.options["block_table"][0]
+            cache[table[: oldest // page].long()] = float("nan")
+            cache[table[oldest // page], :, : oldest % page] = float("nan")
+        else:
+            cache[:, :, :oldest] = float("nan")
+    actual = decode_attention(*call.arguments, **call.options, num_splits=case.splits)
+    expected = oracle(*call.arguments, **call.options)
+    assert_agrees(actual, expected, TOLERANCES[case.dtype])
+    assert_agrees(plain_decode_attention(*call.arguments, **call.options), expected, TOLERANCES[case.dtype])

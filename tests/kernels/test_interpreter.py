@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
 import triton
 import triton.language as tl
 

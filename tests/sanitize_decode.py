@@ -1,0 +1,35 @@
+"""Every mode of the decode kernel once, at small shapes, for compute-sanitizer; `make test-sanitizer`.
+
+    PYTHONPATH=src compute-sanitizer --tool memcheck python tests/sanitize_decode.py
+
+Results are compared with the plain twin, so that what is watched is what is tested.
+"""
+
+import sys
+
+import torch
+
+from decode_cases import assert_agrees, each, make_call
+from multimatrix.ops.decode import decode_attention, plain_decode_attention
+
+CASES = [
+    *each({"dtype": torch.bfloat16, "S": 130, "B": 3, "lengths": (0, 17, 130), "splits": 1}),
+    *each({"dtype": torch.bfloat16, "S": 130, "T": 3, "N": 10, "G": 2, "splits": 3, "page": 16}),
+    *each({"dtype": torch.float16, "S": 130, "N": 70, "fp8": "token", "splits": 2, "layout": "static"}),
+    *each({"dtype": torch.bfloat16, "S": 130, "fp8": "tensor", "page": 64, "window": 40, "sinks": True, "splits": 2}),
+    *each({"dtype": torch.float32, "S": 70, "mask": "left", "alibi": True, "splits": 1, "layout": "swapped"}),
+]
+
+
+def main(device: str) -> None:
+    for case in CASES:
+        call = make_call(case, device)
+        actual = decode_attention(*call.arguments, **call.options, num_splits=case.splits)
+        query, *cache = call.arguments
+        expected = plain_decode_attention(query.double(), *cache, **call.options)
+        assert_agrees(actual, expected, 1e-5 if case.dtype == torch.float32 and not case.fp8 else 1e-2)
+        print(case.name, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "cuda")
