@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from multimatrix.errors import InputError
 from multimatrix.ops.alibi import alibi_bias
-from multimatrix.ops.decode import decode_attention, why_not
+from multimatrix.ops.decode import MAX_TOKENS, decode_attention, why_not
 from multimatrix.ops.rotary import Rotation, SlotRotation
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def attend(
     Returns o [B, N, T, V].
     """
     tokens, slots = q.shape[2], latents[0].shape[2]
-    if backend in ("auto", "triton") and lengths is not None and tokens < slots:
+    if backend in ("auto", "triton") and lengths is not None and tokens < slots and tokens <= MAX_TOKENS:
         value = latents[1] if source == "own" else None
         how: dict[str, Any] = {"source": source, "value_dim": value_dim, "rotation": rotation, "mask": mask}
         reason = why_not(q, latents[0], value, **how)

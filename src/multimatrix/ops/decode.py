@@ -53,6 +53,8 @@ def plain_decode_attention(
     lengths = torch.as_tensor(lengths, device=q.device).expand(batch)  # [B]
     n = torch.arange(slots, device=q.device)
     inside = n < lengths[:, None]  # [B, S]
+    if window is not None:
+        inside = inside & (n > lengths[:, None] - tokens - window)
     precision = torch.promote_types(q.dtype, torch.float32)
 
     def read(tensor: Tensor, which: int) -> Tensor:

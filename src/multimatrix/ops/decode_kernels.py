@@ -160,7 +160,8 @@ def split_kernel(
     # This split's run of tiles.
     first = 0
     if HAS_WINDOW:
-        first = tl.maximum(length - tokens - window + 1, 0) // BLOCK_N * BLOCK_N
+        begin = tl.maximum(length - tokens - window + 1, 0)
+        first = begin // BLOCK_N * BLOCK_N
     run = tl.cdiv(tl.cdiv(length - first, BLOCK_N), num_splits) * BLOCK_N
     low = first + split * run
     high = tl.minimum(low + run, length)
@@ -218,6 +219,8 @@ def split_kernel(
     for start in range(low, high, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         valid = n < high
+        if HAS_WINDOW:
+            valid = valid & (n >= begin)
         k_tile, k_rows = _rows(start, key, stride_kb, stride_ks, table, n, valid, PAGE, BLOCK_N)
         k0 = _load(k_tile, k_rows, valid, 0, W0, B0).to(DOT)
         if W1 > 0:

@@ -85,7 +85,8 @@ def make_plan(
         keys = _chunks(dim)
         values = _chunks(value_width) if source == "own" else keys[:2]
     bytes_per_slot = (dim + value_width) * itemsize
-    if max(dim, value_width) > 256:
+    widest = max(dim, value_width)
+    if widest > 256:
         # Outputs this wide need the registers of eight warps, and their tiles leave room for two stages.
         warps, stages, waves, tile = 8, 2, 1, 65_536
     elif itemsize == 1:
@@ -94,7 +95,7 @@ def make_plan(
     elif source == "unrotated":
         warps, stages, waves, tile = 4, 3, 2, 16_384
     else:
-        warps, stages, waves, tile = 4, 3, 1, 32_768
+        warps, stages, waves, tile = 8 if rows > 64 else 4, 3, 1, 32_768
     if itemsize == 4:
         tile //= 2  # products in float32 keep copies of both operands
     block_slots = max(16, min(64, power_of_two(tile // bytes_per_slot + 1) // 2))
@@ -102,7 +103,8 @@ def make_plan(
         source=source,
         key_chunks=(*keys, 0, 0)[:3],  # type: ignore[arg-type]
         value_chunks=(*values, 0)[:2],  # type: ignore[arg-type]
-        block_rows=min(64, max(16, power_of_two(rows))),
+        # Four warps hold the outputs of 64 rows. Eight hold those of 128, unless they are wide.
+        block_rows=min(128 if warps == 8 and widest <= 256 else 64, max(16, power_of_two(rows))),
         # The rotation within a tile stays in registers.
         block_slots=min(32, block_slots) if source == "unrotated" else block_slots,
         warps=warps,
