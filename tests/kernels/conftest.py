@@ -24,3 +24,8 @@ def pytest_collection_modifyitems(items):
     if importlib.util.find_spec("triton") is None:
         for item in items:
             item.add_marker(pytest.mark.skip(reason="triton is not installed"))
+
+
+def pytest_configure(config):
+    # log2(0) and 1 / 0 of what sees nothing are meant, and numpy says so every time.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.*")

@@ -28,7 +28,8 @@ DIMS = [
     for case in (
         Case(D=D, S=49),
         Case(source="key", D=D, S=49),
-        Case(source="unrotated", D=min(D, 512), S=49, R=min(D, 512) // 32 * 32) if D >= 32 else Case(D=D, V=48),
+        # What is rotated is padded to powers of two, and has to fit: 64 of 576.
+        Case(source="unrotated", D=D, S=49, R=64 if D == 576 else D - D % 32) if D >= 32 else Case(D=D, V=48),
         Case(source="slice", D=D, V={16: 16, 64: 48, 80: 64, 192: 128, 576: 512}.get(D, D - 32), S=49),
     )
 ] + [Case(D=192, V=128), Case(D=96, V=576), Case(D=16, V=256), Case(source="key", D=240), Case(D=112, V=528)]

@@ -87,6 +87,13 @@ REFUSALS = {
         {},
         "it rotates one block of a multiple of 32",
     ),
+    "rotated-and-wide": (
+        Case(source="unrotated", D=576),
+        {},
+        {},
+        "half of the rotated part, and the rest, are padded to powers of two, 576 columns at most in all",
+    ),
+    "slice-without-dim": (Case(source="slice", V=64), {"value_dim": None}, {}, "a slice needs value_dim"),
     "additive-mask": (
         Case(),
         {"mask": torch.zeros(2, 1, 1, 63)},
