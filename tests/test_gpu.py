@@ -176,7 +176,9 @@ def test_decoding_with_the_kernel_is_decoding_without(sizes, dtype):
                 logits = logits_in_chunks(model, ids, [30, 1, 4, 1, 1, 3], cache, mask)[mask == 1].float()
                 error = ((logits - expected).norm() / expected.norm()).item()
                 errors[name] = max(error, errors.get(name, 0.0))
-    assert errors["multimatrix_triton"] < max(2e-5, 2 * errors["multimatrix_sdpa"])
+    # Against whole sequences by SDPA, which decoding by SDPA may equal to the bit.
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-2
+    assert errors["multimatrix_triton"] < max(tolerance, 2 * errors["multimatrix_sdpa"])
 
 
 @pytest.mark.parametrize("sizes", KERNEL_SPECS.values(), ids=KERNEL_SPECS.keys())

@@ -61,9 +61,21 @@ def odd_rows(tensor):
     return torch.stack((tensor, tensor), dim=-1)[..., 0]
 
 
+def two_heads(tensor):
+    return tensor.expand(-1, 2, -1, -1)
+
+
 ROPE = RopeParameters()
 REFUSALS = {
-    "tokens": (Case(T=9), {}, {}, "it takes 8 new tokens at most"),
+    "tokens": (Case(T=9), {}, {}, "it takes 1 to 8 new tokens, not 9"),
+    "heads": (Case(N=5), {}, {1: two_heads, 2: two_heads}, "5 query heads cannot be shared by 2 key heads"),
+    "key-dim": (Case(), {}, {1: lambda x: x[..., :64].contiguous()}, "queries have 96 elements and keys 64"),
+    "mask-tokens": (
+        Case(T=2),
+        {"mask": torch.ones(2, 1, 1, 63, dtype=torch.bool)},
+        {},
+        "a mask has a row for each of the 2 new tokens, not 1",
+    ),
     "dtype": (Case(dtype=torch.float64), {}, {}, "it does not compute in torch.float64"),
     "dim": (Case(D=40), {}, {}, "its head dims are multiples of 16 up to 576"),
     "wide": (Case(D=592), {}, {}, "its head dims are multiples of 16 up to 576"),
@@ -127,6 +139,12 @@ def test_refusals(case, options, changes, sentence):
     with pytest.raises(ValueError) as refusal:
         decode_attention(*arguments, **(call.options | options))
     assert str(refusal.value) == f"the decode kernel does not take this: {sentence}"
+
+
+def test_no_splits_are_refused():
+    call = make_call(Case())
+    with pytest.raises(ValueError, match="num_splits must be at least 1, got 0"):
+        decode_attention(*call.arguments, **call.options, num_splits=0)
 
 
 def test_gradients_are_no_obstacle_where_none_is_taken():

@@ -116,8 +116,10 @@ def _add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
 def eager(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """Plain softmax attention; the softmax is taken in float32 at least."""
     groups = key.shape[1]
-    grouped = q.unflatten(1, (groups, -1))  # [B, G, N / G, T, D]
-    scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * scale  # [B, N, T, S]
+    tokens = q.shape[2]
+    # Heads of a group are rows of one product, so that no key is copied for each of them.
+    rows = q.unflatten(1, (groups, -1)).flatten(2, 3)  # [B, G, N / G * T, D]
+    scores = (rows @ key.transpose(-1, -2)).unflatten(2, (-1, tokens)).flatten(1, 2) * scale  # [B, N, T, S]
     if causal:
         mask = causal_mask(q.shape[2], key.shape[2], q.device)
     if mask is not None:
@@ -126,8 +128,8 @@ def eager(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bo
     empty = (scores == float("-inf")).all(-1, keepdim=True)
     precision = torch.promote_types(q.dtype, torch.float32)
     weights = scores.masked_fill(empty, 0.0).softmax(-1, dtype=precision).masked_fill(empty, 0.0)
-    weights = weights.to(q.dtype).unflatten(1, (groups, -1))
-    return (weights @ value.unsqueeze(2)).flatten(1, 2)  # [B, N, T, V]
+    o = weights.to(q.dtype).unflatten(1, (groups, -1)).flatten(2, 3) @ value  # [B, G, N / G * T, V]
+    return o.unflatten(2, (-1, tokens)).flatten(1, 2)  # [B, N, T, V]
 
 
 def sdpa(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:

@@ -79,8 +79,9 @@ def plain_decode_attention(
         seen = seen & (n > position[..., None] - window)[:, None]
     if mask is not None:
         seen = seen & mask
-    grouped = q.to(precision).unflatten(1, (groups, -1))  # [B, G, N / G, T, D]
-    scores = (grouped @ keys.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * scale  # [B, N, T, S]
+    # Heads of a group are rows of one product, so that no key is copied for each of them.
+    rows = q.to(precision).unflatten(1, (groups, -1)).flatten(2, 3)  # [B, G, N / G * T, D]
+    scores = (rows @ keys.transpose(-1, -2)).unflatten(2, (-1, tokens)).flatten(1, 2) * scale  # [B, N, T, S]
     if slopes is not None:
         scores = scores + slopes.to(precision)[:, None, None] * (n - position[..., None])[:, None]
     scores = scores.masked_fill(~seen, float("-inf"))
@@ -89,7 +90,8 @@ def plain_decode_attention(
         scores = torch.cat((scores, sink), dim=-1)
     lse = scores.logsumexp(-1)  # [B, N, T]
     weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()[..., :slots]
-    o = (weights.unflatten(1, (groups, -1)) @ values.unsqueeze(2)).flatten(1, 2)  # [B, N, T, V]
+    o = weights.unflatten(1, (groups, -1)).flatten(2, 3) @ values  # [B, G, N / G * T, V]
+    o = o.unflatten(2, (-1, tokens)).flatten(1, 2)  # [B, N, T, V]
     return o.to(q.dtype), lse.float() if precision == torch.float32 else lse
 
 
@@ -119,14 +121,22 @@ def why_not(
         return "it runs on a GPU"
     if not HAS_KERNELS:
         return "triton or multimatrix is not installed"
-    if q.shape[2] > MAX_TOKENS:
-        return f"it takes {MAX_TOKENS} new tokens at most"
+    if not 1 <= q.shape[2] <= MAX_TOKENS:
+        return f"it takes 1 to {MAX_TOKENS} new tokens, not {q.shape[2]}"
+    if q.shape[1] % key.shape[1]:
+        return f"{q.shape[1]} query heads cannot be shared by {key.shape[1]} key heads"
+    if q.shape[-1] != key.shape[-1]:
+        return f"queries have {q.shape[-1]} elements and keys {key.shape[-1]}"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, key, value)):
         return "it has no gradient"
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"it does not compute in {q.dtype}"
     if any(dim % 16 or dim > 576 for dim in dims):
         return "its head dims are multiples of 16 up to 576"
+    # Heads of 96 gave NaN on an H100 and nowhere else; until that is understood they are refused there.
+    is_odd = source != "slice" and any(dim & (dim - 1) for dim in dims)
+    if key.dtype == torch.float8_e4m3fn and is_odd and not IS_INTERPRETED:
+        return "an e4m3 cache needs head dims that are powers of two"
     if source == "unrotated":
         if rotation is None or rotation.blocks != 1 or rotation.dim % 32:
             return "it rotates one block of a multiple of 32"
@@ -134,6 +144,8 @@ def why_not(
             return "half of the rotated part, and the rest, are padded to powers of two, 576 columns at most in all"
     if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.stride(-1) != 1):
         return "it takes boolean masks that all heads share"
+    if mask is not None and mask.shape[2] != q.shape[2]:
+        return f"a mask has a row for each of the {q.shape[2]} new tokens, not {mask.shape[2]}"
     if any(t is not None and t.stride(-1) != 1 for t in (q, key, value)):
         return "it reads rows that lie together"
     return None
@@ -181,6 +193,8 @@ def decode_attention(
     reason = why_not(q, key, value, source=source, value_dim=value_dim, rotation=rotation, mask=mask)
     if reason is not None:
         raise ValueError(f"the decode kernel does not take this: {reason}")
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(f"num_splits must be at least 1, got {num_splits}")
     tensor_lengths = lengths if isinstance(lengths, Tensor) else None
     return torch.ops.multimatrix.decode_attention(
         q,
