@@ -19,7 +19,6 @@ from multimatrix.ops.rotary import Rotation, SlotRotation
 
 if TYPE_CHECKING:
     from multimatrix.attention.gmha import ValueSource
-    from multimatrix.ops.rotary import Rotation
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +60,8 @@ def attend(
         how: dict[str, Any] = {"source": source, "value_dim": value_dim, "rotation": rotation, "mask": mask}
         reason = why_not(q, latents[0], value, **how)
         if reason is None:
-            turn = None if slopes is None else _on_device(tuple(slopes), q.device)
-            return decode_attention(q, latents[0], value, lengths=lengths, scale=scale, slopes=turn, **how)[0]
+            of_heads = None if slopes is None else _on_device(tuple(slopes), q.device)
+            return decode_attention(q, latents[0], value, lengths=lengths, scale=scale, slopes=of_heads, **how)[0]
         if backend == "triton":
             raise InputError(f"the decode kernel does not take this: {reason}; choose another attn_implementation")
     key, value = _keys_and_values(latents, source, value_dim, slot_rope)
@@ -100,9 +99,16 @@ def _keys_and_values(
     return slot_rope(key.shape[2])(key), key
 
 
-@functools.lru_cache(maxsize=8)
 def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    # A compiler makes a constant of them; without one, copying them at every step would wait for the device.
+    return _make(numbers, device) if torch.compiler.is_compiling() else _cached(numbers, device)
+
+
+def _make(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+_cached = functools.lru_cache(maxsize=8)(_make)
 
 
 def _add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:

@@ -193,6 +193,10 @@ def decode_attention(
     reason = why_not(q, key, value, source=source, value_dim=value_dim, rotation=rotation, mask=mask)
     if reason is not None:
         raise ValueError(f"the decode kernel does not take this: {reason}")
+    if scales is not None and scales[0].stride() != scales[1].stride():
+        raise ValueError(
+            f"scales of key and value lie at strides {scales[0].stride()} and {scales[1].stride()}, not alike"
+        )
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"num_splits must be at least 1, got {num_splits}")
     tensor_lengths = lengths if isinstance(lengths, Tensor) else None
@@ -246,23 +250,24 @@ def _decode_op(
         programs = q.shape[0] * key.shape[1] * -(-rows // plan.block_rows)
         num_splits = split_count(programs, slots, plan, q.device)
     scales = (key_scale, value_scale)
-    return launch(
-        plan,
-        num_splits,
-        q,
-        key,
-        value,
-        lengths,
-        length,
-        scale,
-        tables,
-        block_table,
-        mask,
-        slopes,
-        window,
-        sinks,
-        scales,
-    )
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return launch(
+            plan,
+            num_splits,
+            q,
+            key,
+            value,
+            lengths,
+            length,
+            scale,
+            tables,
+            block_table,
+            mask,
+            slopes,
+            window,
+            sinks,
+            scales,
+        )
 
 
 @_decode_op.register_fake

@@ -51,7 +51,6 @@ def launch(
     scale_strides = (0, 0, 0)
     if key_scale is not None and key_scale.dim() > 1:
         scale_strides = key_scale.stride()
-        assert value_scale is None or value_scale.stride() == scale_strides, "both scales lie alike"
     triton_kernels.split_kernel[(num_splits, groups * blocks, batch)](
         q,
         key,

@@ -70,7 +70,7 @@ def plan_of(q: Tensor, key: Tensor, value: Tensor | None, source: str, value_dim
 def make_plan(
     source: str, dim: int, value_width: int, value_dim: int, rotary_dim: int, rows: int, itemsize: int, dot: str
 ) -> Plan:
-    """The plan for these sizes; the numbers were measured, see results/decode.md.
+    """The plan for these sizes; the numbers were measured, see results/decode-h100.md.
 
     dim, value_width: of the tensors in the cache, the second 0 where there is one tensor. rows: query heads of a key
     head times new tokens. itemsize: bytes of a cached element. dot: dtype of the matrix products.
