@@ -2,6 +2,8 @@
 
     PYTHONPATH=src compute-sanitizer --tool memcheck python tests/sanitize_decode.py
 
+With a second argument, `cuda serial`, the combining kernel starts when the first one has ended.
+
 Results are compared with the plain twin, so that what is watched is what is tested.
 """
 
@@ -11,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from decode_cases import assert_agrees, each, make_call
+from multimatrix.ops import decode_launch
 from multimatrix.ops.decode import decode_attention, plain_decode_attention
 
 CASES = [
@@ -38,4 +41,6 @@ def main(device: str) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[2:] == ["serial"]:
+        decode_launch._can_launch_early = lambda device: False
     main(sys.argv[1] if len(sys.argv) > 1 else "cuda")
