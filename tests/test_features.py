@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import (
@@ -21,8 +22,10 @@ from transformers import (
 
 from cases import DECODERS, MODELS, Decoder, logits_in_chunks, padded, random_ids, random_model, small_config
 from multimatrix import MultimatrixForCausalLM
+from multimatrix.attention.module import RotaryTables
 from multimatrix.data import load_tokenizer
 from multimatrix.evaluate.cache_bytes import stored_bytes
+from multimatrix.ops.rotary import RopeParameters
 from multimatrix.plan.numbers import kv_bytes_per_token
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
@@ -250,6 +253,18 @@ def test_empty_weights_and_device_maps(specs, tied, tmp_path):
         actual = logits_in_chunks(loaded, ids, [6, 1, 2], DynamicCache(config=model.config))
         assert_close(actual, expected, **TIGHT)
     assert any(p.device.type == "meta" for p in loaded.parameters())  # the last one really lay on the disk
+
+
+def test_rotations_follow_a_layer_to_its_device():
+    """accelerate moves what a layer is called with; the real thing needs two GPUs, so meta stands for the second."""
+    spec = MODELS["mfa"][0]
+    here = RotaryTables(torch.arange(3), torch.float64, RopeParameters(rope_theta=5.0))
+    there = send_to_device((here,), "meta")[0]
+    assert there is not here
+    assert there.new(spec).cos.device.type == there.length.device.type == there.slots(spec, 4).cos.device.type == "meta"
+    assert there.parameters == here.parameters
+    assert send_to_device((here,), "meta")[0] is there
+    assert send_to_device((here,), "cpu")[0] is here
 
 
 @every_model

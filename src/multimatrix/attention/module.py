@@ -130,6 +130,16 @@ class RotaryTables:
         self.dtype = dtype
         self.parameters = parameters if parameters is not None else RopeParameters()
         self._tables: dict[tuple[int, int, int], Rotation] = {}
+        self._elsewhere: dict[torch.device, RotaryTables] = {}
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> RotaryTables:
+        """The same on another device: accelerate asks for it where layers lie on several."""
+        positions = self.positions.to(device, non_blocking=non_blocking)
+        if positions.device == self.positions.device:
+            return self
+        if positions.device not in self._elsewhere:
+            self._elsewhere[positions.device] = RotaryTables(positions, self.dtype, self.parameters)
+        return self._elsewhere[positions.device]
 
     def new(self, spec: AttentionSpec) -> Rotation:
         """The rotation at the new tokens."""
