@@ -4,7 +4,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -47,9 +46,7 @@ DOLLARS = {
 }
 CHIPS = ["h800", "h20", "a800", "910b"]
 MLA = ("deepseek-v3", "kimi-k2")
-priced = pytest.mark.parametrize(
-    ("context", "name"), [(tokens, name) for tokens, row in DOLLARS.items() for name in row]
-)
+PRICED = [(context, name) for context, row in DOLLARS.items() for name in row]
 
 
 def printed(number: float) -> str:
@@ -79,7 +76,7 @@ def test_the_digits_of_the_step3_report(name):
     assert tuple(map(printed, numbers)) == REPORT[name]
 
 
-@priced
+@pytest.mark.parametrize(("context", "name"), PRICED)
 def test_the_dollars_of_the_step3_report(context, name):
     cost = report_cost(name, context)
     dollars = [chip.dollars(chip.attention_seconds(cost)) for chip in find_hardware(CHIPS)]
@@ -120,8 +117,6 @@ def test_costs_follow_context_and_bits(context):
 
 
 def test_half_a_byte_is_rounded_up():
-    odd = dataclasses.replace(CASES["mfa"], head_dim=6, rotary_dim=2)
-    assert odd.cache.elements == 12
     mla = dataclasses.replace(CASES["mla"], latent_dim=5, rope_head_dim=2)
     assert [kv_bytes_per_token([mla], bits) for bits in KV_BITS] == [14, 7, 4]
 
@@ -164,11 +159,11 @@ def test_predicted_parameters_are_the_models(name, tied, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_predicted_bytes_are_those_of_the_cache(name, tmp_path):
-    model = random_model(MODELS[name], torch.float16)
+    model = random_model(MODELS[name], torch.float32)
     model.config.save_pretrained(tmp_path)
     cache = DynamicCache(config=model.config)
-    model.float()(random_ids(1, 7), cache=cache)  # halves are slow on a processor, so the cache holds 32 bits
-    assert decode_cost(from_config(tmp_path), 7, 16).kv_bytes * 2 == stored_bytes(cache)
+    model(random_ids(1, 7), cache=cache)
+    assert decode_cost(from_config(tmp_path), 7, 16).kv_bytes * 2 == stored_bytes(cache)  # 32 bit
 
 
 def test_active_parameters_leave_out_what_a_token_does_not_take():
@@ -250,9 +245,8 @@ def test_recipes_are_the_published_models(name):
 
 
 def test_recipes_have_the_sizes_their_authors_state():
-    billions = {
-        name: (from_recipe(name).parameters / 1e9, from_recipe(name).active_parameters / 1e9) for name in REPORT
-    }
+    sizes = {name: from_recipe(name) for name in REPORT}
+    billions = {name: (size.parameters / 1e9, size.active_parameters / 1e9) for name, size in sizes.items()}
     assert round(billions["step3"][0]) == 316
     assert int(billions["step3"][1]) == 38
     assert round(billions["deepseek-v3"][0]) == 671
@@ -269,18 +263,15 @@ def test_recipes_have_the_sizes_their_authors_state():
 
 def test_the_command_prints_one_object_without_torch_at_once():
     code = (
-        "import sys; sys.argv = 'multimatrix plan --recipe step3 --context 8192 --kv-bits 8 --json'.split()\n"
+        "import sys, time; sys.argv = 'multimatrix plan --recipe step3 --context 8192 --kv-bits 8 --json'.split()\n"
         "from multimatrix.cli import main\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "print('torch' in sys.modules or 'transformers' in sys.modules, file=sys.stderr)"
+        "print('torch' in sys.modules or 'transformers' in sys.modules, time.process_time(), file=sys.stderr)"
     )
-    seconds = []
-    for _ in range(3):  # the least of three: other work may share the machine
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    assert done.stderr.strip() == "False"
-    assert min(seconds) < 0.5
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy, seconds = done.stderr.split()
+    assert heavy == "False"
+    assert float(seconds) < 0.5
     printed_row = json.loads(done.stdout)
     cost = decode_cost(from_recipe("step3"), 8192, 8)
     for name in ("kv_bytes", "attention_core_flops", "linear_flops", "feed_forward_flops"):
