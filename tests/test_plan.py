@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from multimatrix.plan.model import KV_BITS, decode_cost
 from multimatrix.plan.numbers import kv_bytes_per_token
 from multimatrix.plan.sources import from_config, from_recipe, model_recipes
 
+ROOT = Path(__file__).parent.parent
 # The Step-3 report (arXiv 2507.19427) for one token decoded at 8192, 8 bit cache: KV bytes, core, linear, feed-forward.
 REPORT = {
     "step3": ("2.56e8", "3.27e10", "2.07e10", "5.33e10"),
@@ -308,6 +310,14 @@ def test_sizes_given_by_options(monkeypatch):
     table = multimatrix(*words).out
     for text in ("mfa", "KV bytes/token, 16 bit", f"{mha['kv_bytes_per_token']:,}", "h20: $ of attention"):
         assert text in table
+
+
+def test_the_table_of_the_docs_is_what_the_command_prints(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    recipes = "step3,deepseek-v3,kimi-k2,qwen3-235b-a22b,qwen3-32b"
+    done = multimatrix("plan", "--recipe", recipes, "--context", "8192", "--kv-bits", "8")
+    shown = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8").split("```text\n")[1].split("```")[0]
+    assert [line.rstrip() for line in done.out.splitlines()] == shown.splitlines()
 
 
 def test_unread_fields_are_named(tmp_path):
