@@ -182,6 +182,8 @@ LATENT = SMALL | {
     **{"q_lora_rank": 12, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2, "n_group": 2},
     **{"topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
 }
+ROUTED = GROUPED | {"num_experts_per_tok": 2}
+QWEN3_MOE = ROUTED | {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 16, "norm_topk_prob": True}
 PEERS = {
     "llama": ("llama", GROUPED),
     "llama-heads": ("llama", SMALL | {"num_attention_heads": 4}),
@@ -191,6 +193,11 @@ PEERS = {
     "qwen2": ("qwen2", GROUPED),
     "qwen3": ("qwen3", GROUPED | {"head_dim": 16}),
     "qwen3-biases": ("qwen3", GROUPED | {"head_dim": 16, "attention_bias": True}),
+    "qwen3_moe": ("qwen3_moe", QWEN3_MOE),
+    "qwen3_moe-dense": ("qwen3_moe", QWEN3_MOE | {"mlp_only_layers": [1], "attention_bias": True}),
+    "qwen3_moe-every-other": ("qwen3_moe", QWEN3_MOE | {"decoder_sparse_step": 2}),
+    "qwen3_moe-no-layer": ("qwen3_moe", QWEN3_MOE | {"decoder_sparse_step": 4}),
+    "mixtral": ("mixtral", ROUTED | {"num_local_experts": 4}),
     "deepseek": ("deepseek_v3", LATENT),
     "deepseek-queries": ("deepseek_v3", LATENT | {"q_lora_rank": None}),
     "deepseek-dense": ("deepseek_v3", LATENT | {"first_k_dense_replace": 3}),
@@ -341,6 +348,12 @@ BAD_CONFIGS = {
     "mistral-window": (GROUPED | {"model_type": "mistral", "sliding_window": 8}, "window of 8"),
     "qwen2-window": (GROUPED | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "window of 8"),
     "qwen3-head": (GROUPED | {"model_type": "qwen3"}, "no head_dim"),
+    "qwen3_moe-list": (QWEN3_MOE | {"model_type": "qwen3_moe", "mlp_only_layers": 1}, "mlp_only_layers"),
+    "qwen3_moe-experts": (QWEN3_MOE | {"model_type": "qwen3_moe", "num_experts": 0}, "num_experts = 0"),
+    "mixtral-window": (
+        ROUTED | {"model_type": "mixtral", "num_local_experts": 4, "sliding_window": 8},
+        "window of 8",
+    ),
     "deepseek-rank": ({**LATENT, "model_type": "deepseek_v3", "kv_lora_rank": 0}, "kv_lora_rank"),
     "deepseek-bias": ({**LATENT, "model_type": "deepseek_v3", "attention_bias": True}, "attention_bias"),
     "deepseek-experts": ({**LATENT, "model_type": "deepseek_v3", "num_experts_per_tok": 9}, "9 of 8"),

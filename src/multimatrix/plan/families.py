@@ -42,7 +42,8 @@ class Fields:
         self.place, self._fields, self._read = place, fields, set(NEUTRAL)
 
     def __contains__(self, name: str) -> bool:
-        return self._fields.get(name) is not None
+        """Whether the field is there and not null."""
+        return self.get(name) is not None
 
     def get(self, name: str) -> Any:
         self._read.add(name)
@@ -124,6 +125,13 @@ def _full_attention(fields: Fields) -> None:
         raise _windowed(fields, window)
 
 
+def _no_window(fields: Fields) -> None:
+    """InputError where there is a window: these classes use it whenever it is stated."""
+    window = fields.get("sliding_window")
+    if window is not None:
+        raise _windowed(fields, window)
+
+
 def _windowed(fields: Fields, window: Any) -> InputError:
     return InputError(f"{fields.place} has a sliding window of {window!r} tokens; windows cannot be planned yet")
 
@@ -144,9 +152,7 @@ def mistral(fields: Fields) -> dict[str, Any]:
         raise InputError(
             f"{fields.place} has no sliding_window, for which Mistral's class takes 4096; write null if it has none"
         )
-    window = fields.get("sliding_window")
-    if window is not None:
-        raise _windowed(fields, window)
+    _no_window(fields)
     return _uniform(fields, hidden, attention, fields.layers(), _decoder(fields), 0)
 
 
@@ -158,12 +164,44 @@ def qwen2(fields: Fields) -> dict[str, Any]:
 
 
 def qwen3(fields: Fields) -> dict[str, Any]:
+    return _qwen3(fields, None)
+
+
+def qwen3_moe(fields: Fields) -> dict[str, Any]:
+    layers = fields.layers()
+    every = fields.count("decoder_sparse_step") if "decoder_sparse_step" in fields else 1
+    dense = fields.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise InputError(f"{fields.place} has mlp_only_layers = {dense!r}, which must be a list of layer numbers")
+    with_experts = [layer for layer in range(layers) if (layer + 1) % every == 0 and layer not in dense]
+    experts = _routed(fields, fields.count("moe_intermediate_size"))
+    return _qwen3(fields, experts | {"layers": with_experts} if with_experts else None)
+
+
+def _qwen3(fields: Fields, experts: dict[str, Any] | None) -> dict[str, Any]:
     hidden, attention = _grouped(fields, default_head_dim=False, default_groups=False)
     _full_attention(fields)
     other = 2 * attention["head_dim"]  # norms of queries and keys
     if fields.flag("attention_bias"):
         other += _attention_biases(hidden, attention, output=True)
-    return _uniform(fields, hidden, attention, fields.layers(), _decoder(fields), other)
+    return _uniform(fields, hidden, attention, fields.layers(), _decoder(fields), other, experts)
+
+
+def mixtral(fields: Fields) -> dict[str, Any]:
+    hidden, attention = _grouped(fields, default_head_dim=True, default_groups=False)
+    _no_window(fields)
+    experts = _routed(fields, fields.count("intermediate_size"))
+    return _uniform(fields, hidden, attention, fields.layers(), _decoder(fields), 0, experts)
+
+
+def _routed(fields: Fields, width: int) -> dict[str, Any]:
+    """Experts without a shared one. Their number has two names in transformers."""
+    number = "num_experts" if fields.states("num_experts") else "num_local_experts"
+    return {
+        "num_experts": fields.count(number),
+        "experts_per_token": fields.count("num_experts_per_tok"),
+        "intermediate_size": width,
+    }
 
 
 def deepseek_v3(fields: Fields) -> dict[str, Any]:
@@ -180,7 +218,7 @@ def deepseek_v3(fields: Fields) -> dict[str, Any]:
         "rope_head_dim": fields.count("qk_rope_head_dim"),
         "value_head_dim": fields.count("v_head_dim"),
         "latent_dim": fields.count("kv_lora_rank"),
-        "query_rank": None if fields.get("q_lora_rank") is None else fields.count("q_lora_rank"),
+        "query_rank": fields.count("q_lora_rank") if "q_lora_rank" in fields else None,
     }
     width, dense = fields.count("moe_intermediate_size"), fields.count("first_k_dense_replace", 0)
     experts = {
@@ -227,14 +265,21 @@ def _ours(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _uniform(
-    fields: Fields, hidden: int, attention: dict[str, Any], layers: int, sizes: dict[str, Any], other: int
+    fields: Fields,
+    hidden: int,
+    attention: dict[str, Any],
+    layers: int,
+    sizes: dict[str, Any],
+    other: int,
+    experts: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Dense layers that are all alike; other: parameters of each that our decoder has no place for."""
+    """Layers whose attention is alike; other: parameters of each that our decoder has no place for."""
     return {
         "specs": (make_spec(hidden, attention),) * layers,
         **sizes,
+        "experts": None if experts is None else make_experts(experts),
         "other_parameters": other * layers,
-        "unread_fields": fields.unread(),
+        "unread_fields": fields.unread("norm_topk_prob", "router_jitter_noise"),
     }
 
 
@@ -251,6 +296,8 @@ FAMILIES: dict[str, Callable[[Fields], dict[str, Any]]] = {
     "mistral": mistral,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+    "mixtral": mixtral,
     "deepseek_v3": deepseek_v3,
     "kimi_k2": deepseek_v3,
 }
