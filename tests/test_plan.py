@@ -347,6 +347,7 @@ BAD_CONFIGS = {
     "mistral-silent": (GROUPED | {"model_type": "mistral"}, "4096"),
     "mistral-window": (GROUPED | {"model_type": "mistral", "sliding_window": 8}, "window of 8"),
     "qwen2-window": (GROUPED | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "window of 8"),
+    "qwen2-default-window": (GROUPED | {"model_type": "qwen2", "use_sliding_window": True}, "4096"),
     "qwen3-head": (GROUPED | {"model_type": "qwen3"}, "no head_dim"),
     "qwen3_moe-list": (QWEN3_MOE | {"model_type": "qwen3_moe", "mlp_only_layers": 1}, "mlp_only_layers"),
     "qwen3_moe-experts": (QWEN3_MOE | {"model_type": "qwen3_moe", "num_experts": 0}, "num_experts = 0"),

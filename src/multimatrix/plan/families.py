@@ -121,8 +121,8 @@ def _grouped(fields: Fields, *, default_head_dim: bool, default_groups: bool) ->
 def _full_attention(fields: Fields) -> None:
     """InputError where a window may be in use: these classes have one that is off unless it is switched on."""
     window = fields.get("sliding_window")
-    if fields.flag("use_sliding_window") and window is not None:
-        raise _windowed(fields, window)
+    if fields.flag("use_sliding_window") and (window is not None or not fields.states("sliding_window")):
+        raise _windowed(fields, window or "the class's 4096")
 
 
 def _no_window(fields: Fields) -> None:
@@ -133,7 +133,7 @@ def _no_window(fields: Fields) -> None:
 
 
 def _windowed(fields: Fields, window: Any) -> InputError:
-    return InputError(f"{fields.place} has a sliding window of {window!r} tokens; windows cannot be planned yet")
+    return InputError(f"{fields.place} has a sliding window of {window} tokens; windows cannot be planned yet")
 
 
 def llama(fields: Fields) -> dict[str, Any]:
