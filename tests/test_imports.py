@@ -32,7 +32,8 @@ print(type(AutoModelForCausalLM.from_config(config)).__name__)
 
 
 def test_specs_import_no_torch() -> None:
-    assert run("import sys, multimatrix.plan.numbers, multimatrix.cli; print('torch' in sys.modules)") == "False"
+    modules = "multimatrix.plan.numbers, multimatrix.plan.sources, multimatrix.plan.hardware, multimatrix.cli"
+    assert run(f"import sys, {modules}; print('torch' in sys.modules)") == "False"
 
 
 def test_public_names() -> None:

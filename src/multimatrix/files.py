@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Files that are written whole or not at all, and JSON that is read with care."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from multimatrix.errors import InputError
+from multimatrix.errors import InputError, one_line
+
+CONFIG = "config.json"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -113,3 +115,31 @@ def writing(place: Path | str) -> Iterator[None]:
         if code is None:
             raise
         raise OSError(code, os.strerror(code), str(place)) from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; InputError where it is anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {one_line(error)}; save or copy the model again") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a JSON {type(found).__name__}, not an object; save or copy the model again")
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a saved model, whatever its kind, with a `model_type`.
+
+    Raises:
+        InputError: there is no such folder or file, or it is no JSON object that names the kind of the model.
+    """
+    way_out = "give the folder of a saved model"
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; {way_out}")
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder} has no {CONFIG}; {way_out}")
+    fields = read_object(folder / CONFIG)
+    if not isinstance(fields.get("model_type"), str):
+        raise InputError(f"{folder / CONFIG} names no model_type; {way_out}")
+    return fields

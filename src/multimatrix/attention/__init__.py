@@ -17,7 +17,7 @@ from multimatrix.attention.mqa import MQASpec
 from multimatrix.errors import InputError
 from multimatrix.fields import check_sizes
 
-__all__ = ["VARIANTS", "AttentionSpec", "CacheLayout", "Capacity", "Weight", "make_spec", "spec_class"]
+__all__ = ["VARIANTS", "AttentionSpec", "CacheLayout", "Capacity", "Weight", "make_spec", "make_specs", "spec_class"]
 
 VARIANTS: dict[str, type[AttentionSpec]] = {
     "fpba": FPBASpec,
@@ -53,3 +53,21 @@ def make_spec(hidden_size: int, sizes: Mapping[str, Any]) -> AttentionSpec:
     given = {name: value for name, value in sizes.items() if name != "variant"}
     check_sizes(cls.variant, given, cls, besides=("hidden_size",))
     return cls(hidden_size=hidden_size, **given)
+
+
+def make_specs(hidden_size: int, attention: Any, num_hidden_layers: int) -> list[AttentionSpec]:
+    """The spec of every layer: `attention` is one table of sizes for all, or a list with one per layer.
+
+    Raises:
+        InputError: it is neither, the list has another length, or a table cannot be read.
+    """
+    if isinstance(attention, dict):
+        return [make_spec(hidden_size, attention)] * num_hidden_layers
+    if not isinstance(attention, list):
+        raise InputError(f"attention must be one table of sizes or a list with one per layer, got {attention!r}")
+    if len(attention) != num_hidden_layers:
+        raise InputError(
+            f"attention lists {len(attention)} layers but num_hidden_layers is {num_hidden_layers}; "
+            "give one entry per layer, or one for all"
+        )
+    return [make_spec(hidden_size, sizes) for sizes in attention]

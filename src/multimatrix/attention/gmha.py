@@ -310,8 +310,11 @@ class AttentionSpec(ABC):
 
         Matrix products only, two FLOPs per multiply-add, over the cached latents.
         """
-        core = self.num_heads * sum(self.cached_head_dims) * context
-        return 2 * (self.linear_products + self.extra_decode_products + core)
+        return 2 * (self.linear_products + self.extra_decode_products) + self.decode_core_flops(context)
+
+    def decode_core_flops(self, context: int) -> int:
+        """Those of them that grow with the context: scores and the weighted sum of the values."""
+        return 2 * self.num_heads * sum(self.cached_head_dims) * context
 
     def prefill_flops(self, context: int) -> int:
         """FLOPs of one layer's attention per token of a sequence of `context`, forward only.

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from multimatrix.cli.options import Json, Position, Sizes, Variants, refuse_beside, split_labels
+from multimatrix.cli.options import Json, Position, Sizes, Variants, refuse_beside, short_count, split_labels
 
 
 def capacity(
@@ -51,14 +51,6 @@ def capacity(
         _print_capacity(rows, title)
 
 
-def _short(count: int) -> str:
-    """All digits where they fit, else an SI prefix: 24,576 and 12.19 M."""
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if count >= size:
-            return f"{count / size:.2f} {prefix}"
-    return f"{count:,}"
-
-
 def _print_capacity(rows: list[dict[str, Any]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -85,7 +77,7 @@ def _print_capacity(rows: list[dict[str, Any]], title: str) -> None:
     for header in columns:
         table.add_column(header, justify="left" if header == "variant" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(_short(row[key]) if isinstance(row[key], int) else row[key] for key in columns.values()))
+        table.add_row(*(short_count(row[key]) if isinstance(row[key], int) else row[key] for key in columns.values()))
     console = Console()
     console.print(table)
     layers, context = rows[0]["num_hidden_layers"], rows[0]["context"]

@@ -36,7 +36,7 @@ def import_(
 
     Every bit of its weights is kept.
     """
-    from multimatrix.model.saved_files import read_config
+    from multimatrix.files import read_config
 
     if format_ is None:
         kind = read_config(folder)["model_type"]

@@ -102,3 +102,11 @@ def byte_count(option: str, text: str) -> int:
     if size < 1:
         raise InputError(f"{option} takes a size such as 5GB, 500MB or a number of bytes, got {text!r}")
     return size
+
+
+def short_count(count: int) -> str:
+    """All digits where they fit, else an SI prefix: 24,576 and 12.19 M."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.2f} {prefix}"
+    return f"{count:,}"

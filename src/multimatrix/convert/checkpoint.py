@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from multimatrix.errors import InputError
-from multimatrix.files import write_json
-from multimatrix.model.saved_files import DTYPES, INDEX, WEIGHTS, StoredTensor, read_object
+from multimatrix.files import read_object, write_json
+from multimatrix.model.saved_files import DTYPES, INDEX, WEIGHTS, StoredTensor
 
 # What transformers and the engines want beside the weights; a format's config.json is written, never copied.
 COMPANIONS = (

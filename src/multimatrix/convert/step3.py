@@ -12,8 +12,8 @@ from multimatrix.convert import step3_format as names
 from multimatrix.convert.checkpoint import copy_companions, write_checkpoint
 from multimatrix.convert.step3_config import from_step3, to_step3
 from multimatrix.errors import InputError, one_line
-from multimatrix.files import new_folder, write_json, writing
-from multimatrix.model.saved_files import StoredTensor, check_tensors, read_config, stored_tensors
+from multimatrix.files import new_folder, read_config, write_json, writing
+from multimatrix.model.saved_files import StoredTensor, check_tensors, stored_tensors
 
 if TYPE_CHECKING:
     from multimatrix.model.configuration import MultimatrixConfig

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from multimatrix.errors import InputError, one_line
+from multimatrix.files import read_config
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.loading import load_config, load_model
-from multimatrix.model.saved_files import read_config
 
 
 def load(folder: str, dtype: torch.dtype | None, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from multimatrix.attention import AttentionSpec, make_spec
+from multimatrix.attention import AttentionSpec, make_specs
 from multimatrix.errors import InputError
 from multimatrix.model.experts import ExpertsSpec, make_experts
 from multimatrix.ops.rotary import RopeParameters
@@ -91,18 +91,7 @@ class MultimatrixConfig(PreTrainedConfig):
 
     def layer_specs(self) -> list[AttentionSpec]:
         """The attention spec of every layer."""
-        if isinstance(self.attention, dict):
-            return [make_spec(self.hidden_size, self.attention)] * self.num_hidden_layers
-        if not isinstance(self.attention, list):
-            raise InputError(
-                f"attention must be one table of sizes or a list with one per layer, got {self.attention!r}"
-            )
-        if len(self.attention) != self.num_hidden_layers:
-            raise InputError(
-                f"attention lists {len(self.attention)} layers but num_hidden_layers is {self.num_hidden_layers}; "
-                "give one entry per layer, or one for all"
-            )
-        return [make_spec(self.hidden_size, sizes) for sizes in self.attention]
+        return make_specs(self.hidden_size, self.attention, self.num_hidden_layers)
 
     def experts_spec(self) -> ExpertsSpec | None:
         """The mixture of experts; None where every feed-forward is dense."""

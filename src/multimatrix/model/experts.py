@@ -83,7 +83,11 @@ class ExpertsSpec:
 
     def _parameters(self, hidden_size: int, experts: int) -> int:
         widths = experts * self.intermediate_size + self.shared_intermediate_size
-        return self.num_experts * hidden_size + 3 * hidden_size * widths
+        return self.router_parameters(hidden_size) + 3 * hidden_size * widths
+
+    def router_parameters(self, hidden_size: int) -> int:
+        """Those of the router, one row per expert."""
+        return self.num_experts * hidden_size
 
     @property
     def shape(self) -> str:

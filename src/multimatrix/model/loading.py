@@ -11,17 +11,10 @@ import torch
 from transformers import GenerationConfig
 
 from multimatrix.errors import InputError, one_line
+from multimatrix.files import CONFIG, read_config, read_object
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.modeling import MultimatrixForCausalLM
-from multimatrix.model.saved_files import (
-    CONFIG,
-    DTYPES,
-    StoredTensor,
-    check_tensors,
-    read_config,
-    read_object,
-    stored_tensors,
-)
+from multimatrix.model.saved_files import DTYPES, StoredTensor, check_tensors, stored_tensors
 
 GENERATION = "generation_config.json"
 # What transformers reads from a config.json beside the fields of the config class.

@@ -1,4 +1,4 @@
-"""What the folder of a saved model holds: its config.json, and a table of its tensors, of which none is loaded.
+"""What the folder of a saved model holds: a table of its tensors, of which none is loaded.
 
 A safetensors file is eight bytes of header length, a JSON header that states dtype, shape and byte range of every
 tensor, and the bytes (https://huggingface.co/docs/safetensors).
@@ -10,14 +10,13 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from multimatrix.errors import InputError, one_line
+from multimatrix.files import CONFIG, read_object
 
-CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # What weights may be stored as, in safetensors' words.
@@ -38,34 +37,6 @@ class StoredTensor:
     def size(self) -> int:
         """Bytes."""
         return self.end - self.start
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; InputError where it is anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {one_line(error)}; save or copy the model again") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds a JSON {type(found).__name__}, not an object; save or copy the model again")
-    return found
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a saved model, whatever its kind, with a `model_type`.
-
-    Raises:
-        InputError: there is no such folder or file, or it is no JSON object that names the kind of the model.
-    """
-    way_out = "give the folder of a saved model"
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}; {way_out}")
-    if not (folder / CONFIG).is_file():
-        raise InputError(f"{folder} has no {CONFIG}; {way_out}")
-    fields = read_object(folder / CONFIG)
-    if not isinstance(fields.get("model_type"), str):
-        raise InputError(f"{folder / CONFIG} names no model_type; {way_out}")
-    return fields
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -20,27 +20,53 @@ def decoder_parameters(
     experts: ExpertsSpec | None = None,
     active: bool = False,
 ) -> int:
-    """Learned parameters of `model.MultimatrixForCausalLM` with one spec per layer.
+    """Learned parameters of `model.MultimatrixForCausalLM` with one spec per layer; see `decoder_parts`."""
+    parts = decoder_parts(
+        specs,
+        vocab_size=vocab_size,
+        intermediate_size=intermediate_size,
+        tie_word_embeddings=tie_word_embeddings,
+        experts=experts,
+        active=active,
+    )
+    return sum(parts.values())
+
+
+def decoder_parts(
+    specs: Sequence[AttentionSpec],
+    *,
+    vocab_size: int,
+    intermediate_size: int,
+    tie_word_embeddings: bool,
+    experts: ExpertsSpec | None = None,
+    active: bool = False,
+) -> dict[str, int]:
+    """Learned parameters by part of the model.
 
     intermediate_size: of the dense feed-forwards, which are all those that `experts` does not replace. active: leave
     out the experts that a token does not take.
     """
     hidden = specs[0].hidden_size
-    embeddings = vocab_size * hidden * (1 if tie_word_embeddings else 2)
-
-    def feed_forward(layer: int) -> int:
+    router, feed_forward = 0, 0
+    for layer in range(len(specs)):
         if experts is not None and experts.has_experts(layer):
-            return experts.active_parameters(hidden) if active else experts.parameters(hidden)
-        return 3 * hidden * intermediate_size  # SwiGLU's three matrices
-
-    # Per layer: attention, feed-forward, two norms; then the final norm.
-    layers = sum(spec.parameters + feed_forward(layer) + 2 * hidden for layer, spec in enumerate(specs))
-    return embeddings + layers + hidden
+            router += experts.router_parameters(hidden)
+            feed_forward += experts.active_parameters(hidden) if active else experts.parameters(hidden)
+        else:
+            feed_forward += 3 * hidden * intermediate_size  # SwiGLU's three matrices
+    return {
+        "embeddings": vocab_size * hidden,
+        "attention": sum(spec.parameters for spec in specs),
+        "feed_forward": feed_forward - router,
+        "router": router,
+        "norms": (2 * len(specs) + 1) * hidden,  # two per layer, and the final one
+        "output_head": 0 if tie_word_embeddings else vocab_size * hidden,
+    }
 
 
 def kv_bytes_per_token(specs: Sequence[AttentionSpec], bits: int = 16) -> int:
-    """Bytes that one token adds to the KV cache of a model with one spec per layer."""
-    return sum(spec.cache.elements for spec in specs) * bits // 8
+    """Bytes that one token adds to the KV cache of a model with one spec per layer, without scales of quantization."""
+    return (sum(spec.cache.elements for spec in specs) * bits + 7) // 8  # whole bytes
 
 
 def match_intermediate_size(

@@ -1,0 +1,188 @@
+"""What a whole decoder costs: parameters by part, KV bytes, and the FLOPs of one decoded token. No torch.
+
+Everything is made from specs. Matrix products alone are counted, two FLOPs per multiply-add; norms, softmax, rotations
+and sampling are not. For one token decoded at a context of T, itself included, and summed over layers:
+
+    attention core   2 * N * (D + V) * T       scores and weighted sum over the cached latents
+    linear           2 * (attention's linear weights), and what decoding adds to them
+    feed-forward     2 * (weights of the feed-forward that the token takes), without the router
+    router           2 * E * H
+    output head      2 * vocab_size * H
+    KV bytes read    (elements cached per token) * T * bits / 8, each byte once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from multimatrix.attention import AttentionSpec
+from multimatrix.errors import InputError
+from multimatrix.model.experts import ExpertsSpec
+from multimatrix.plan.numbers import decoder_parts, kv_bytes_per_token
+
+KV_BITS = (16, 8, 4)
+MAX_LAYERS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSizes:
+    """The sizes of a decoder that its cost follows from.
+
+    specs: the attention of every layer. intermediate_size: of the dense feed-forwards, which are all those that
+    `experts` does not replace. other_parameters: learned numbers that our decoder has no place for, such as biases and
+    norms of queries and keys. unread_fields: of a config.json, what was not read and may change what is counted.
+
+    Raises:
+        InputError: a size is no whole number of at least 1, or the experts name a layer that is not there.
+    """
+
+    name: str
+    source: str = ""
+    specs: tuple[AttentionSpec, ...]
+    vocab_size: int
+    intermediate_size: int
+    tie_word_embeddings: bool = False
+    experts: ExpertsSpec | None = None
+    other_parameters: int = 0
+    unread_fields: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.specs:
+            raise InputError(f"{self.name} has no layers; num_hidden_layers must be at least 1")
+        for field in ("vocab_size", "intermediate_size"):
+            check_count(f"{field} of {self.name}", getattr(self, field))
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise InputError(
+                f"tie_word_embeddings of {self.name} must be true or false, got {self.tie_word_embeddings!r}"
+            )
+        if self.experts is not None:
+            self.experts.check_layers(len(self.specs))
+
+    @property
+    def hidden_size(self) -> int:
+        return self.specs[0].hidden_size
+
+    def parts(self, active: bool = False) -> dict[str, int]:
+        """Learned parameters by part; active: without the experts that a token does not take."""
+        parts = decoder_parts(
+            self.specs,
+            vocab_size=self.vocab_size,
+            intermediate_size=self.intermediate_size,
+            tie_word_embeddings=self.tie_word_embeddings,
+            experts=self.experts,
+            active=active,
+        )
+        return parts | {"other": self.other_parameters}
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.parts().values())
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that one token uses, with the whole embedding table."""
+        return sum(self.parts(active=True).values())
+
+
+@dataclass(frozen=True)
+class DecodeCost:
+    """What one decoded token of the whole model costs at one context."""
+
+    kv_bytes: int
+    attention_core_flops: int
+    linear_flops: int
+    feed_forward_flops: int
+    router_flops: int
+    output_head_flops: int
+
+    @property
+    def flops(self) -> int:
+        return (
+            self.attention_core_flops
+            + self.linear_flops
+            + self.feed_forward_flops
+            + self.router_flops
+            + self.output_head_flops
+        )
+
+    @property
+    def arithmetic_intensity(self) -> float:
+        """FLOPs of the attention core per cached byte."""
+        return self.attention_core_flops / self.kv_bytes
+
+
+def decode_cost(sizes: DecoderSizes, context: int, kv_bits: int) -> DecodeCost:
+    """The cost of one token that sees `context` tokens, itself included, with a cache of kv_bits an element.
+
+    Raises:
+        InputError: context is below 1 or kv_bits is none of KV_BITS.
+    """
+    check_count("the context", context)
+    if kv_bits not in KV_BITS:
+        raise InputError(f"a cached element has 16, 8 or 4 bits, got {kv_bits}")
+    parts = sizes.parts(active=True)
+    core = sum(spec.decode_core_flops(context) for spec in sizes.specs)
+    return DecodeCost(
+        kv_bytes=context * kv_bytes_per_token(sizes.specs, kv_bits),
+        attention_core_flops=core,
+        linear_flops=sum(spec.decode_flops(context) for spec in sizes.specs) - core,
+        feed_forward_flops=2 * parts["feed_forward"],
+        router_flops=2 * parts["router"],
+        output_head_flops=2 * sizes.vocab_size * sizes.hidden_size,
+    )
+
+
+def plan_row(sizes: DecoderSizes, context: int, kv_bits: int) -> dict[str, Any]:
+    """Every number of one model at one context, under plain names."""
+    cost = decode_cost(sizes, context, kv_bits)
+    return {
+        "model": sizes.name,
+        "source": sizes.source,
+        "unread_fields": list(sizes.unread_fields),
+        "hidden_size": sizes.hidden_size,
+        "num_hidden_layers": len(sizes.specs),
+        "layers": _layer_rows(sizes.specs, kv_bits),
+        "parameters": sizes.parameters,
+        "active_parameters": sizes.active_parameters,
+        "parameters_by_part": sizes.parts(),
+        "kv_bits": kv_bits,
+        "kv_bytes_per_token": kv_bytes_per_token(sizes.specs, kv_bits),
+        "kv_bytes_per_token_by_bits": {str(bits): kv_bytes_per_token(sizes.specs, bits) for bits in KV_BITS},
+        "context": context,
+        "kv_bytes": cost.kv_bytes,
+        "attention_core_flops": cost.attention_core_flops,
+        "linear_flops": cost.linear_flops,
+        "feed_forward_flops": cost.feed_forward_flops,
+        "router_flops": cost.router_flops,
+        "output_head_flops": cost.output_head_flops,
+        "flops": cost.flops,
+        "arithmetic_intensity": cost.arithmetic_intensity,
+    }
+
+
+def _layer_rows(specs: Sequence[AttentionSpec], kv_bits: int) -> list[dict[str, Any]]:
+    """Runs of layers that are alike, from the first to the last."""
+    return [
+        {
+            "count": len(list(run)),
+            "kv_bytes_per_token": kv_bytes_per_token([spec], kv_bits),
+            "attention": spec.to_dict(),
+        }
+        for spec, run in groupby(specs)
+    ]
+
+
+def check_layers(what: str, value: Any) -> None:
+    """InputError unless it is a number of layers that a decoder may have: one spec is made for each."""
+    check_count(what, value)
+    if value > MAX_LAYERS:
+        raise InputError(f"{what} must be at most {MAX_LAYERS:,}, got {value:,}")
+
+
+def check_count(what: str, value: Any) -> None:
+    """InputError unless it is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{what} must be a whole number of at least 1, got {value!r}")

@@ -1,0 +1,413 @@
+"""The planner: its formulas against the Step-3 report, its parameters and bytes against models that are built."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+import step3 as step3_model
+from cases import ALL_DECODERS, CASES, MODELS, random_ids, random_model, small_config
+from command import multimatrix
+from multimatrix import MultimatrixConfig, MultimatrixForCausalLM
+from multimatrix.errors import InputError
+from multimatrix.evaluate.cache_bytes import stored_bytes
+from multimatrix.plan.families import FAMILIES
+from multimatrix.plan.hardware import find_hardware, hardware_table
+from multimatrix.plan.model import KV_BITS, decode_cost
+from multimatrix.plan.numbers import kv_bytes_per_token
+from multimatrix.plan.sources import from_config, from_recipe, model_recipes
+
+ROOT = Path(__file__).parent.parent
+# The Step-3 report (arXiv 2507.19427) for one token decoded at 8192, 8 bit cache: KV bytes, core, linear, feed-forward.
+REPORT = {
+    "step3": ("2.56e8", "3.27e10", "2.07e10", "5.33e10"),
+    "deepseek-v3": ("2.88e8", "1.47e11", "2.28e10", "4.84e10"),
+    "kimi-k2": ("2.88e8", "7.37e10", "1.23e10", "4.84e10"),
+    "qwen3-235b-a22b": ("7.89e8", "2.52e10", "1.34e10", "2.84e10"),
+    "qwen3-32b": ("1.07e9", "1.72e10", "1.21e10", "5.03e10"),
+}
+# Its dollars of attention for a million tokens on H800, H20, A800, 910B, by context.
+DOLLARS = {
+    8192: {
+        "step3": (".048", ".040", ".040", ".043"),
+        "deepseek-v3": (".054", ".128", ".114", ".113"),
+        "kimi-k2": (".051", ".065", ".057", ".057"),
+        "qwen3-235b-a22b": (".135", ".054", ".091", ".101"),
+        "qwen3-32b": (".181", ".069", ".120", ".133"),
+    },
+    32768: {
+        "step3": (".176", ".114", ".120", ".133"),
+        "deepseek-v3": (".197", ".460", ".409", ".407"),
+        "qwen3-235b-a22b": (".527", ".185", ".338", ".376"),
+    },
+}
+CHIPS = ["h800", "h20", "a800", "910b"]
+MLA = ("deepseek-v3", "kimi-k2")
+PRICED = [(context, name) for context, row in DOLLARS.items() for name in row]
+
+
+def printed(number: float) -> str:
+    """As the report prints it: three digits."""
+    return f"{number:.2e}".replace("e+", "e").replace("e0", "e")
+
+
+def report_cost(name: str, context: int):
+    """Our cost with the report's core: it multiplies MLA's values at the 576 elements that are cached.
+
+    docs/planning.md has the derivation; every other number is ours.
+    """
+    cost = decode_cost(from_recipe(name), context, 8)
+    if name not in MLA:
+        return cost
+    heads, layers, latent, rotary = {"deepseek-v3": 128, "kimi-k2": 64}[name], 61, 512, 64
+    wide = 4 * heads * (latent + rotary) * context * layers
+    narrow = 2 * heads * (2 * latent + rotary) * context * layers
+    assert cost.attention_core_flops == narrow
+    return dataclasses.replace(cost, attention_core_flops=wide)
+
+
+@pytest.mark.parametrize("name", REPORT)
+def test_the_digits_of_the_step3_report(name):
+    cost = report_cost(name, 8192)
+    numbers = (cost.kv_bytes, cost.attention_core_flops, cost.linear_flops, cost.feed_forward_flops)
+    assert tuple(map(printed, numbers)) == REPORT[name]
+
+
+@pytest.mark.parametrize(("context", "name"), PRICED)
+def test_the_dollars_of_the_step3_report(context, name):
+    cost = report_cost(name, context)
+    dollars = [chip.dollars(chip.attention_seconds(cost)) for chip in find_hardware(CHIPS)]
+    assert tuple(f"{value:.3f}".lstrip("0") for value in dollars) == DOLLARS[context][name]
+
+
+def test_step3_by_the_formulas_of_its_report():
+    cost = decode_cost(from_recipe("step3"), 8192, 8)
+    heads, width, rank, hidden, layers = 64, 256, 2048, 7168, 61
+    assert cost.kv_bytes == 2 * width * layers * 8192
+    assert cost.attention_core_flops == 4 * heads * width * 8192 * layers
+    weights = hidden * rank + rank * heads * width + 2 * hidden * width + heads * width * hidden
+    assert cost.linear_flops == 2 * weights * layers
+    assert cost.feed_forward_flops == 2 * 3 * hidden * (5 * 18432 + 56 * (3 + 1) * 5120)
+    assert cost.router_flops == 2 * 56 * 48 * hidden
+    assert cost.output_head_flops == 2 * 128815 * hidden
+
+
+def test_hardware_bounds_and_rooflines():
+    assert [round(chip.roofline) for chip in find_hardware(CHIPS)] == [591, 74, 156, 175]
+    assert list(hardware_table()) == CHIPS
+    intensity = {name: decode_cost(from_recipe(name), 8192, 8).arithmetic_intensity for name in REPORT}
+    assert intensity["step3"] == 128
+    assert intensity["qwen3-235b-a22b"] == 32
+    assert intensity["deepseek-v3"] == pytest.approx(512 * 1088 / 1152)
+    step3 = decode_cost(from_recipe("step3"), 8192, 8)
+    assert [chip.bound(step3) for chip in find_hardware(CHIPS)] == ["memory", "arithmetic", "memory", "memory"]
+
+
+@pytest.mark.parametrize("context", [1, 100, 8192])
+def test_costs_follow_context_and_bits(context):
+    for name in model_recipes():
+        at = {bits: decode_cost(from_recipe(name), context, bits) for bits in KV_BITS}
+        one = decode_cost(from_recipe(name), 1, 16)
+        assert at[16].kv_bytes == 2 * at[8].kv_bytes == 4 * at[4].kv_bytes == context * one.kv_bytes
+        assert at[16].attention_core_flops == context * one.attention_core_flops
+        assert at[16].flops - at[16].attention_core_flops == one.flops - one.attention_core_flops
+
+
+def test_half_a_byte_is_rounded_up():
+    mla = dataclasses.replace(CASES["mla"], latent_dim=5, rope_head_dim=2)
+    assert [kv_bytes_per_token([mla], bits) for bits in KV_BITS] == [14, 7, 4]
+
+
+# ---- parameters and bytes, against what is built ---------------------------------------------------------------------
+
+
+def built_parts(model) -> dict[str, int]:
+    """Parameters of a built model of ours by part, sorted by the names of its tensors."""
+    parts = dict.fromkeys(("embeddings", "attention", "feed_forward", "router", "norms", "output_head", "other"), 0)
+    for name, parameter in model.named_parameters():
+        words = name.split(".")
+        if "embed_tokens" in words:
+            part = "embeddings"
+        elif "lm_head" in words:
+            part = "output_head"
+        elif "self_attn" in words:
+            part = "attention"
+        elif "router" in words:
+            part = "router"
+        else:
+            part = "feed_forward" if "mlp" in words else "norms"
+        parts[part] += parameter.numel()
+    return parts
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ALL_DECODERS | MODELS)
+def test_predicted_parameters_are_the_models(name, tied, tmp_path):
+    config = small_config((ALL_DECODERS | MODELS)[name], tie_word_embeddings=tied)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = MultimatrixForCausalLM(config)
+    sizes = from_config(tmp_path)
+    assert sizes.parts() == built_parts(model)
+    assert sizes.parameters == model.num_parameters()
+    assert sizes.unread_fields == ()
+    assert from_config(tmp_path / "config.json").specs == tuple(config.layer_specs())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_predicted_bytes_are_those_of_the_cache(name, tmp_path):
+    model = random_model(MODELS[name], torch.float32)
+    model.config.save_pretrained(tmp_path)
+    cache = DynamicCache(config=model.config)
+    model(random_ids(1, 7), cache=cache)
+    assert decode_cost(from_config(tmp_path), 7, 16).kv_bytes * 2 == stored_bytes(cache)  # 32 bit
+
+
+def test_active_parameters_leave_out_what_a_token_does_not_take():
+    sizes = from_recipe("step3")
+    skipped = 56 * (48 - 3) * 3 * 7168 * 5120
+    assert sizes.parameters - sizes.active_parameters == skipped
+    assert from_recipe("qwen3-32b").parameters == from_recipe("qwen3-32b").active_parameters
+
+
+SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3}
+GROUPED = SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2}
+LATENT = SMALL | {
+    **{"num_attention_heads": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "kv_lora_rank": 10},
+    **{"q_lora_rank": 12, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2, "n_group": 2},
+    **{"topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
+}
+ROUTED = GROUPED | {"num_experts_per_tok": 2}
+QWEN3_MOE = ROUTED | {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 16, "norm_topk_prob": True}
+PEERS = {
+    "llama": ("llama", GROUPED),
+    "llama-heads": ("llama", SMALL | {"num_attention_heads": 4}),
+    "llama-biases": ("llama", GROUPED | {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
+    "llama-tied": ("llama", GROUPED | {"tie_word_embeddings": True}),
+    "mistral": ("mistral", GROUPED | {"sliding_window": None, "head_dim": 12}),
+    "qwen2": ("qwen2", GROUPED),
+    "qwen3": ("qwen3", GROUPED | {"head_dim": 16}),
+    "qwen3-biases": ("qwen3", GROUPED | {"head_dim": 16, "attention_bias": True}),
+    "qwen3_moe": ("qwen3_moe", QWEN3_MOE),
+    "qwen3_moe-dense": ("qwen3_moe", QWEN3_MOE | {"mlp_only_layers": [1], "attention_bias": True}),
+    "qwen3_moe-every-other": ("qwen3_moe", QWEN3_MOE | {"decoder_sparse_step": 2}),
+    "qwen3_moe-no-layer": ("qwen3_moe", QWEN3_MOE | {"decoder_sparse_step": 4}),
+    "mixtral": ("mixtral", ROUTED | {"num_local_experts": 4}),
+    "deepseek": ("deepseek_v3", LATENT),
+    "deepseek-queries": ("deepseek_v3", LATENT | {"q_lora_rank": None}),
+    "deepseek-dense": ("deepseek_v3", LATENT | {"first_k_dense_replace": 3}),
+}
+
+
+@pytest.mark.parametrize(("kind", "fields"), PEERS.values(), ids=PEERS)
+def test_predicted_parameters_are_those_of_transformers(kind, fields, tmp_path):
+    config = AutoConfig.for_model(kind, **fields)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    sizes = from_config(tmp_path)
+    assert sizes.parameters == model.num_parameters()
+    assert sizes.unread_fields == ()
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"model_type": kind, "novel_gate": 1}))
+    assert from_config(tmp_path).parameters == model.num_parameters()
+    assert from_config(tmp_path).unread_fields == ("novel_gate",)
+
+
+def test_step3s_format_is_read(tmp_path):
+    fields = step3_model.step3_fields(**step3_model.KINDS["experts"])
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    tensors = step3_model.step3_tensors(fields)
+    assert from_config(tmp_path).parameters == sum(tensor.numel() for tensor in tensors.values())
+
+
+PUBLISHED = {
+    "deepseek-v3": ("deepseek_v3", {}),  # the defaults of its class
+    "qwen3-32b": (
+        "qwen3",
+        {
+            **{"vocab_size": 151936, "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64},
+            **{"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128},
+        },
+    ),
+    "qwen3-235b-a22b": (
+        "qwen3_moe",
+        {
+            **{"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 94},
+            **{"num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128},
+            **{"num_experts_per_tok": 8, "moe_intermediate_size": 1536},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_are_the_published_models(name):
+    kind, fields = PUBLISHED[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
+    assert from_recipe(name).parameters == model.num_parameters()
+
+
+def test_recipes_have_the_sizes_their_authors_state():
+    sizes = {name: from_recipe(name) for name in REPORT}
+    billions = {name: (size.parameters / 1e9, size.active_parameters / 1e9) for name, size in sizes.items()}
+    assert round(billions["step3"][0]) == 316
+    assert int(billions["step3"][1]) == 38
+    assert round(billions["deepseek-v3"][0]) == 671
+    assert round(billions["kimi-k2"][0], -1) == 1030
+    assert round(billions["kimi-k2"][1]) == 33
+    assert round(billions["qwen3-235b-a22b"][0]) == 235
+    assert round(billions["qwen3-235b-a22b"][1]) == 22
+    assert round(billions["qwen3-32b"][0], 1) == 32.8
+    assert model_recipes() == sorted(REPORT)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_one_object_without_torch_at_once():
+    code = (
+        "import sys, time; sys.argv = 'multimatrix plan --recipe step3 --context 8192 --kv-bits 8 --json'.split()\n"
+        "from multimatrix.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print('torch' in sys.modules or 'transformers' in sys.modules, time.process_time(), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy, seconds = done.stderr.split()
+    assert heavy == "False"
+    assert float(seconds) < 0.5
+    printed_row = json.loads(done.stdout)
+    cost = decode_cost(from_recipe("step3"), 8192, 8)
+    for name in ("kv_bytes", "attention_core_flops", "linear_flops", "feed_forward_flops"):
+        assert printed_row[name] == getattr(cost, name)
+    assert printed_row["kv_bytes_per_token"] == 2 * 256 * 61
+    assert [row["hardware"] for row in printed_row["hardware"]] == CHIPS
+    assert printed_row["hardware"][0]["attention_dollars"] == pytest.approx(0.048, abs=5e-4)
+
+
+def test_several_models_and_contexts_make_a_list(tmp_path):
+    small_config(MODELS["mfa-experts"]).save_pretrained(tmp_path)
+    done = multimatrix("plan", tmp_path, "--recipe", "step3,qwen3-32b", "--context", "1024,4096", "--json")
+    rows = json.loads(done.out)
+    named = [(row["model"], row["context"]) for row in rows]
+    assert named == [(name, at) for name in ("step3", "qwen3-32b", tmp_path.name) for at in (1024, 4096)]
+    assert rows[-1]["kv_bytes_per_token_by_bits"]["16"] == rows[-1]["kv_bytes_per_token"]
+
+
+def test_sizes_given_by_options(monkeypatch):
+    words = ("plan", "--variants", "mha,mfa", "--hidden-size", 512, "--head-dim", 64, "--layers", 3, "--vocab-size", 99)
+    words += ("--intermediate-size", 700, "--tie-word-embeddings", "--set", "mfa.num_heads=7")
+    mha, mfa = json.loads(multimatrix(*words, "--json").out)
+    attention = {"variant": "mfa", "num_heads": 7, "head_dim": 128, "query_rank": 128}
+    with torch.device("meta"):
+        model = MultimatrixForCausalLM(
+            MultimatrixConfig(
+                vocab_size=99, hidden_size=512, intermediate_size=700, num_hidden_layers=3, attention=attention,
+                tie_word_embeddings=True,
+            )
+        )  # fmt: skip
+    assert mfa["parameters"] == model.num_parameters()
+    assert mha["kv_bytes_per_token"] == 3 * 2 * 512 * 2
+    monkeypatch.setenv("COLUMNS", "120")
+    table = multimatrix(*words).out
+    for text in ("mfa", "KV bytes/token, 16 bit", f"{mha['kv_bytes_per_token']:,}", "h20: $ of attention"):
+        assert text in table
+
+
+def test_the_table_of_the_docs_is_what_the_command_prints(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    recipes = "step3,deepseek-v3,kimi-k2,qwen3-235b-a22b,qwen3-32b"
+    done = multimatrix("plan", "--recipe", recipes, "--context", "8192", "--kv-bits", "8")
+    shown = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8").split("```text\n")[1].split("```")[0]
+    assert [line.rstrip() for line in done.out.splitlines()] == shown.splitlines()
+
+
+def test_unread_fields_are_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(GROUPED | {"model_type": "llama", "novel_gate": 1}))
+    assert "novel_gate" in multimatrix("plan", tmp_path).out
+
+
+LLAMA = GROUPED | {"model_type": "llama"}
+BAD_CONFIGS = {
+    "unknown": ({"model_type": "mamba"}, "mamba"),
+    "no-type": ({"hidden_size": 8}, "model_type"),
+    "heads": (LLAMA | {"num_attention_heads": 5, "num_key_value_heads": 5}, "head_dim"),
+    "groups": (LLAMA | {"num_key_value_heads": 3}, "groups"),
+    "negative": (LLAMA | {"hidden_size": -32}, "-32"),
+    "absurd": (LLAMA | {"num_hidden_layers": 10**9}, "10,000"),
+    "missing": ({name: value for name, value in LLAMA.items() if name != "vocab_size"}, "no vocab_size"),
+    "text": (LLAMA | {"intermediate_size": "40"}, "'40'"),
+    "tied": (LLAMA | {"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+    "layers": (LLAMA | {"layer_types": ["sliding_attention"] * 3}, "layer_types"),
+    "mistral-silent": (GROUPED | {"model_type": "mistral"}, "4096"),
+    "mistral-window": (GROUPED | {"model_type": "mistral", "sliding_window": 8}, "window of 8"),
+    "qwen2-window": (GROUPED | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "window of 8"),
+    "qwen2-default-window": (GROUPED | {"model_type": "qwen2", "use_sliding_window": True}, "4096"),
+    "qwen3-head": (GROUPED | {"model_type": "qwen3"}, "no head_dim"),
+    "qwen3_moe-list": (QWEN3_MOE | {"model_type": "qwen3_moe", "mlp_only_layers": 1}, "mlp_only_layers"),
+    "qwen3_moe-experts": (QWEN3_MOE | {"model_type": "qwen3_moe", "num_experts": 0}, "num_experts = 0"),
+    "mixtral-window": (
+        ROUTED | {"model_type": "mixtral", "num_local_experts": 4, "sliding_window": 8},
+        "window of 8",
+    ),
+    "deepseek-rank": ({**LATENT, "model_type": "deepseek_v3", "kv_lora_rank": 0}, "kv_lora_rank"),
+    "deepseek-bias": ({**LATENT, "model_type": "deepseek_v3", "attention_bias": True}, "attention_bias"),
+    "deepseek-experts": ({**LATENT, "model_type": "deepseek_v3", "num_experts_per_tok": 9}, "9 of 8"),
+    "ours": (SMALL | {"model_type": "multimatrix", "attention": None}, "attention"),
+    "ours-layers": (SMALL | {"model_type": "multimatrix", "attention": [{"variant": "mha"}]}, "num_hidden_layers is 3"),
+    "step3": (step3_model.step3_fields(sliding_window=4), "sliding_window"),
+    "list": ([1], "list"),
+}
+
+
+@pytest.mark.parametrize(("fields", "word"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_config_that_cannot_be_planned_is_refused(fields, word, as_file, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(fields))
+    assert word in multimatrix("plan", file if as_file else tmp_path).sentence
+
+
+BAD_WORDS = {
+    "recipe": (("--recipe", "step4"), "step3"),
+    "no-recipe": (("--recipe", ","), "--recipe"),
+    "beside": (("--recipe", "step3", "--layers", 3), "--layers"),
+    "context": (("--context", "0"), "context"),
+    "contexts": (("--context", "8k"), "8k"),
+    "no-context": (("--context", ","), "--context"),
+    "bits": (("--kv-bits", 3), "16, 8 or 4"),
+    "gpu": (("--gpu", "h9000"), "h800"),
+    "layers": (("--layers", 0), "--layers"),
+    "vocabulary": (("--vocab-size", -1), "vocab_size"),
+    "width": (("--intermediate-size", 0), "intermediate_size"),
+    "heads": (("--head-dim", 100), "100"),
+    "folder": (("nowhere",), "nowhere"),
+}
+
+
+@pytest.mark.parametrize(("words", "word"), BAD_WORDS.values(), ids=BAD_WORDS)
+def test_bad_options_are_refused(words, word):
+    assert word in multimatrix("plan", *words).sentence
+
+
+def test_a_folder_without_config_and_a_cut_file(tmp_path):
+    assert "no config.json" in multimatrix("plan", tmp_path).sentence
+    (tmp_path / "config.json").write_text('{"model_type": "lla')
+    assert "JSON" in multimatrix("plan", tmp_path).sentence
+
+
+def test_every_family_is_tested():
+    tested = {kind for kind, _ in PEERS.values()} | {"multimatrix", "step3_text"}
+    assert tested | {"kimi_k2"} == set(FAMILIES)
+    assert FAMILIES["kimi_k2"] is FAMILIES["deepseek_v3"]
+
+
+def test_experts_beyond_the_layers_are_refused():
+    sizes = from_recipe("step3")
+    with pytest.raises(InputError, match="layer"):
+        dataclasses.replace(sizes, specs=sizes.specs[:10])
