@@ -37,7 +37,7 @@ BYTES = {  # of a cached token, C = 32
 
 def test_tables_and_json(decode, capsys, tmp_path):
     path = tmp_path / "decode.md"
-    arguments = ["--modes", ",".join(BYTES), "--m", "2,4", "--dim", "32", "--shapes", "2x48,1x1k"]
+    arguments = ["--modes", ",".join(BYTES), "--m", "2,4", "--dim", "32", "--shapes", "2x48,1x1k", "--seed", "0"]
     status, tables, report, _ = run(decode, capsys, *arguments, "--markdown", str(path), "--commit", "abc")
     assert status == 0
     assert report["commit"] == "abc"
@@ -57,6 +57,7 @@ def test_tables_and_json(decode, capsys, tmp_path):
         share = row["bytes"] / row["us"] * 1e-3 / report["read_bandwidth_gb_per_s"]
         assert row["share"] == pytest.approx(share, rel=1e-3)
         assert row["TFLOP/s"] == pytest.approx(2 * row["m"] * dims * tokens / row["us"] * 1e-6, rel=1e-3)
+        assert row["peers"]["attend, eager"]["reason"] is None
         assert row["peers"]["attend, eager"]["us"] > 0
         assert row["peers"]["attend, eager"]["error"] < 2e-2
         assert row["peers"]["SDPA cuDNN, folded"]["us"] is None
