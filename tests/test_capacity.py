@@ -14,7 +14,8 @@ from multimatrix.attention import VARIANTS, make_spec
 from multimatrix.attention.gmha import head_matrices, output_matrices
 from multimatrix.attention.module import Attention
 from multimatrix.ops.reference import bilinear_attention
-from multimatrix.plan.capacity import capacity_rows, load_recipe, recipe_names
+from multimatrix.plan.capacity import capacity_rows, load_recipe
+from multimatrix.recipes import recipe_names
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 H, T = 12, 6
@@ -200,8 +201,8 @@ def test_specs_survive_their_dict():
 
 
 def test_every_recipe_loads():
-    assert recipe_names() == ["paper-1b", "paper-7b", "step3"]
-    for name in recipe_names():
+    assert recipe_names("sizes") == ["paper-1b", "paper-7b", "step3"]
+    for name in recipe_names("sizes"):
         assert load_recipe(name).source
 
 

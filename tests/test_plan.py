@@ -20,7 +20,8 @@ from multimatrix.plan.families import FAMILIES
 from multimatrix.plan.hardware import find_hardware, hardware_table
 from multimatrix.plan.model import KV_BITS, decode_cost
 from multimatrix.plan.numbers import kv_bytes_per_token
-from multimatrix.plan.sources import from_config, from_recipe, model_recipes
+from multimatrix.plan.sources import from_config, from_recipe
+from multimatrix.recipes import recipe_names
 
 ROOT = Path(__file__).parent.parent
 # The Step-3 report (arXiv 2507.19427) for one token decoded at 8192, 8 bit cache: KV bytes, core, linear, feed-forward.
@@ -110,7 +111,7 @@ def test_hardware_bounds_and_rooflines():
 
 @pytest.mark.parametrize("context", [1, 100, 8192])
 def test_costs_follow_context_and_bits(context):
-    for name in model_recipes():
+    for name in recipe_names("models"):
         at = {bits: decode_cost(from_recipe(name), context, bits) for bits in KV_BITS}
         one = decode_cost(from_recipe(name), 1, 16)
         assert at[16].kv_bytes == 2 * at[8].kv_bytes == 4 * at[4].kv_bytes == context * one.kv_bytes
@@ -264,7 +265,7 @@ def test_recipes_have_the_sizes_their_authors_state():
     assert round(billions["qwen3-235b-a22b"][0]) == 235
     assert round(billions["qwen3-235b-a22b"][1]) == 22
     assert round(billions["qwen3-32b"][0], 1) == 32.8
-    assert model_recipes() == sorted(REPORT)
+    assert recipe_names("models") == sorted(REPORT)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

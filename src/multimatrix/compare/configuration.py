@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from multimatrix.errors import InputError
 from multimatrix.model.experts import ExpertsSpec
+from multimatrix.recipes import read_recipe
 from multimatrix.train.run import Protocol
 
 # What numpy's generator takes.
@@ -171,24 +170,13 @@ class Comparison:
         return Protocol(**{name: getattr(self, name) for name in names}, precision=precision)
 
 
-def preset_names() -> list[str]:
-    """The presets that ship with the package."""
-    folder = resources.files("multimatrix") / "recipes" / "compare"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
-
-
 def make_comparison(preset: str | None, settings: dict[str, Any]) -> Comparison:
     """A preset, or the defaults, with `settings` over it; None means not given.
 
     Raises:
         InputError: there is no such preset, or the settings cannot work.
     """
-    values: dict[str, Any] = {}
-    if preset is not None:
-        if preset not in preset_names():
-            raise InputError(f"there is no preset {preset!r}; the presets are {', '.join(preset_names())}")
-        file = resources.files("multimatrix") / "recipes" / "compare" / f"{preset}.toml"
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    values = {} if preset is None else read_recipe("compare", preset)
     values |= {name: value for name, value in settings.items() if value is not None}
     frozen: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return Comparison(**frozen)

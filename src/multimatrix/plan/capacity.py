@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from multimatrix.attention import AttentionSpec, make_spec
 from multimatrix.errors import InputError
 from multimatrix.plan.numbers import kv_bytes_per_token
+from multimatrix.recipes import read_recipe
 
 
 @dataclass(frozen=True)
@@ -24,25 +23,14 @@ class Recipe:
     specs: dict[str, AttentionSpec]
 
 
-def recipe_names() -> list[str]:
-    """The recipes that ship with the package."""
-    return sorted(entry.name.removesuffix(".toml") for entry in _folder().iterdir() if entry.name.endswith(".toml"))
-
-
 def load_recipe(name: str) -> Recipe:
     """A shipped recipe by name; InputError with the known names where there is none."""
-    if name not in recipe_names():
-        raise InputError(f"there is no recipe {name!r}; the recipes are {', '.join(recipe_names())}")
-    recipe = tomllib.loads((_folder() / f"{name}.toml").read_text(encoding="utf-8"))
+    recipe = read_recipe("sizes", name)
     specs = {
         variant: make_spec(recipe["hidden_size"], {"variant": variant, **sizes})
         for variant, sizes in recipe["attention"].items()
     }
     return Recipe(name, recipe["title"], recipe["source"], recipe["num_hidden_layers"], specs)
-
-
-def _folder() -> resources.abc.Traversable:
-    return resources.files("multimatrix") / "recipes" / "sizes"
 
 
 def capacity_rows(specs: Mapping[str, AttentionSpec], num_hidden_layers: int, context: int) -> list[dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
-from importlib import resources
 from pathlib import Path
 
 from multimatrix.attention import make_specs
@@ -12,18 +10,12 @@ from multimatrix.files import read_config, read_object
 from multimatrix.model.experts import make_experts
 from multimatrix.plan.families import FAMILIES, Fields
 from multimatrix.plan.model import DecoderSizes
-
-
-def model_recipes() -> list[str]:
-    """The whole models that ship with the package."""
-    return sorted(entry.name.removesuffix(".toml") for entry in _folder().iterdir() if entry.name.endswith(".toml"))
+from multimatrix.recipes import read_recipe
 
 
 def from_recipe(name: str) -> DecoderSizes:
     """A shipped model by name; InputError with the known names where there is none."""
-    if name not in model_recipes():
-        raise InputError(f"there is no model recipe {name!r}; the recipes are {', '.join(model_recipes())}")
-    recipe = tomllib.loads((_folder() / f"{name}.toml").read_text(encoding="utf-8"))
+    recipe = read_recipe("models", name)
     layers, dense = recipe["num_hidden_layers"], recipe.get("dense_layers", [])
     experts = recipe.get("mixture_of_experts")
     if experts is not None and dense:
@@ -56,7 +48,3 @@ def from_config(place: Path) -> DecoderSizes:
     found = Fields(place, fields)
     sizes = FAMILIES[kind](found)
     return DecoderSizes(name=place.stem if place.is_file() else place.resolve().name, source=str(place), **sizes)
-
-
-def _folder() -> resources.abc.Traversable:
-    return resources.files("multimatrix") / "recipes" / "models"
