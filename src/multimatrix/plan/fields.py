@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from multimatrix.errors import InputError
-from multimatrix.plan.model import check_layers
+from multimatrix.plan.model import LARGEST, check_layers
 
 # Bookkeeping, training, generation, tokens, positions and activations: nothing that is counted here depends on them.
 NEUTRAL = {
@@ -21,7 +21,6 @@ NEUTRAL = {
     "tokenizer_class", "cache_implementation", "embd_pdrop", "resid_pdrop", "attn_logit_softcapping",
     "final_logit_softcapping", "query_pre_attn_scalar", "swiglu_alpha", "swiglu_limit", "base_model_tp_plan",
 }  # fmt: skip
-LARGEST = 10**9  # no size of a model; products of sizes stay far below what a float holds
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
@@ -109,6 +108,7 @@ class Fields:
             if not isinstance(stated, list) or len(stated) != len(kinds):
                 raise self.wrong("layer_types", f"a list with one kind for each of the {len(kinds)} layers")
             kinds = stated
+        self._read.update(field for field, _ in sizes.values())
         seen: dict[Any, int | None] = {FULL: None}
         for kind in kinds:
             if not isinstance(kind, str) or (kind != FULL and kind not in sizes):

@@ -25,6 +25,8 @@ from multimatrix.plan.cache import KV_BITS, element_bytes, paged_tokens, scale_b
 from multimatrix.plan.numbers import decoder_parts, kv_bytes_per_token
 
 MAX_LAYERS = 10_000
+# No model has larger sizes; what is counted then stays within what a float holds.
+LARGEST, MOST_PARAMETERS = 10**9, 10**18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,21 @@ class DecoderSizes:
         for window in self.windows:
             if window is not None:
                 check_count(f"a window of {self.name}", window)
+        self._check_magnitudes()
+
+    def _check_magnitudes(self) -> None:
+        sizes = {"vocab_size": self.vocab_size, "intermediate_size": self.intermediate_size}
+        if self.experts is not None:
+            sizes |= {f"{field} of experts": value for field, value in vars(self.experts).items() if field != "layers"}
+        for field, value in sizes.items():
+            if value > LARGEST:
+                raise InputError(f"{field} of {self.name} must be at most {LARGEST:,}, got {len(str(value))} digits")
+        for spec in dict.fromkeys(self.specs):
+            if spec.parameters > MOST_PARAMETERS:
+                raise InputError(
+                    f"{spec.variant} of {self.name} has more than {MOST_PARAMETERS:.0e} parameters a layer; check its "
+                    "sizes"
+                )
 
     @property
     def warnings(self) -> list[str]:
