@@ -126,6 +126,51 @@ def test_a_head_that_is_tied_outside(tmp_path):
     assert "tie_word_embeddings" in both.warnings[-1]
 
 
+AS_PUBLISHED = {
+    "GLM-4.5-Air": (
+        {
+            **{"architectures": ["Glm4MoeForCausalLM"], "attention_bias": True, "attention_dropout": 0.0},
+            **{"eos_token_id": [151329, 151336], "first_k_dense_replace": 1, "head_dim": 128, "hidden_act": "silu"},
+            **{"hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 10944, "model_type": "glm4_moe"},
+            **{"max_position_embeddings": 131072, "moe_intermediate_size": 1408, "n_group": 1, "vocab_size": 151552},
+            **{"n_routed_experts": 128, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96},
+            **{"num_experts_per_tok": 8, "num_hidden_layers": 46, "num_key_value_heads": 8, "pad_token_id": 151329},
+            **{"num_nextn_predict_layers": 1, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "topk_group": 1},
+            **{"rope_scaling": None, "rope_theta": 1000000, "routed_scaling_factor": 1.0, "torch_dtype": "bfloat16"},
+            **{"tie_word_embeddings": False, "transformers_version": "4.54.1", "use_cache": True, "use_qk_norm": False},
+        },
+        106e9,
+        0,
+    ),
+    "Llama-4-Maverick": (
+        {
+            **{"model_type": "llama4", "boi_token_index": 200080, "vision_config": {"hidden_size": 1408}},
+            "text_config": {
+                **{"_attn_implementation_autoset": True, "attention_bias": False, "attention_chunk_size": 8192},
+                **{"attention_dropout": 0.0, "bos_token_id": 200000, "for_llm_compressor": False, "head_dim": 128},
+                **{"hidden_act": "silu", "hidden_size": 5120, "interleave_moe_layer_step": 2, "rope_scaling": None},
+                **{"intermediate_size": 8192, "intermediate_size_mlp": 16384, "max_position_embeddings": 1048576},
+                **{"model_type": "llama4_text", "no_rope_layers": [], "num_attention_heads": 40},
+                **{"num_experts_per_tok": 1, "num_hidden_layers": 48, "num_key_value_heads": 8},
+                **{"num_local_experts": 128, "output_router_logits": False, "pad_token_id": 200018},
+                **{"rms_norm_eps": 1e-05, "rope_theta": 500000.0, "router_aux_loss_coef": 0.001},
+                **{"router_jitter_noise": 0.0, "torch_dtype": "bfloat16", "use_qk_norm": False, "vocab_size": 202048},
+            },
+        },
+        400e9,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "stated", "warnings"), AS_PUBLISHED.values(), ids=AS_PUBLISHED)
+def test_a_config_as_it_is_published(fields, stated, warnings):
+    """Whole files, with all that changes nothing; stated: by the authors, rounded."""
+    sizes = from_fields(fields, name="published", source="published")
+    assert sizes.parameters == pytest.approx(stated, rel=0.01)
+    assert len(sizes.warnings) == warnings
+
+
 def test_gemma3_as_it_is_published(tmp_path):
     """Its text_config leaves out what its class has by default."""
     text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
