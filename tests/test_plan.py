@@ -181,7 +181,7 @@ def test_every_variant_is_compared():
 def test_eight_bits_with_scales_are_what_quantizing_stores(spec):
     sizes = DecoderSizes(name="one", specs=(spec,), vocab_size=9, intermediate_size=9)
     cost, stored = decode_cost(sizes, 5, 8), [0, 0]
-    for heads, dim in filter(None, (spec.cache.key, spec.cache.value)):
+    for heads, dim in spec.cache.vectors:
         for kind, tensor in enumerate(fp8.quantize(torch.randn(1, heads, 5, dim))):
             stored[kind] += tensor.nbytes
     assert [cost.kv_bytes, cost.kv_scale_bytes] == stored
