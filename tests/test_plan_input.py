@@ -8,8 +8,9 @@ import pytest
 import step3 as step3_model
 from command import multimatrix
 from multimatrix.errors import InputError
+from multimatrix.fields import LARGEST, nearest_divisor
 from multimatrix.plan.families import FAMILIES, WRAPPERS
-from multimatrix.plan.model import LARGEST, plan_row
+from multimatrix.plan.model import plan_row
 from multimatrix.plan.sources import from_fields
 from plan_cases import (
     CONFIGS,
@@ -129,6 +130,31 @@ def test_a_folder_without_config(tmp_path):
     assert "no config.json" in multimatrix("plan", tmp_path).sentence
     write_config(tmp_path / "config.json", LLAMA)
     assert multimatrix("plan", tmp_path / "config.json").status == 0
+
+
+BAD_OPTIONS = {
+    "hidden": (("--hidden-size", 10**30 + 1), "hidden_size"),
+    "heads": (("--hidden-size", 999_999_937, "--head-dim", 128), "the nearest that does: 1"),
+    "shared": (("--variants", "gqa", "--set", "gqa.num_heads=999999937", "--set", "gqa.num_kv_heads=7"), "groups"),
+    "heads-many": (("--set", "mfa.num_heads=100000000000000000"), "parameters a layer"),
+    "layers": (("--layers", 10_001), "10,000"),
+    "vocabulary": (("--vocab-size", LARGEST + 1), "vocab_size"),
+    "width": (("--intermediate-size", 10**12), "intermediate_size"),
+    "context": (("--context", 10**16), "context"),
+    "page": (("--page-size", 10**10), "page size"),
+}
+
+
+@pytest.mark.parametrize(("words", "word"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_absurd_options_are_refused_at_once(words, word):
+    assert word in multimatrix("plan", *words).sentence
+
+
+def test_the_nearest_divisor():
+    for number in range(1, 60):
+        divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+        for near in range(1, 70):
+            assert nearest_divisor(number, near) == min(divisors, key=lambda divisor: abs(divisor - near))
 
 
 # ---- every field of every family, spoiled ----------------------------------------------------------------------------

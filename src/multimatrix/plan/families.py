@@ -16,7 +16,7 @@ from multimatrix.convert.step3_format import KNOWN_FIELDS
 from multimatrix.errors import InputError
 from multimatrix.model.experts import make_experts
 from multimatrix.plan import grouped, published
-from multimatrix.plan.fields import NEUTRAL, Fields
+from multimatrix.plan.config_fields import NEUTRAL, Fields
 
 # What Step-3's format has to state and nothing that is counted depends on.
 STEP3_UNCOUNTED = {"max_seq_len": 1, "rope_theta": 1e4, "rms_norm_eps": 1e-5}

@@ -20,13 +20,14 @@ from typing import Any
 
 from multimatrix.attention import AttentionSpec
 from multimatrix.errors import InputError
+from multimatrix.fields import LARGEST
 from multimatrix.model.experts import ExpertsSpec
 from multimatrix.plan.cache import KV_BITS, element_bytes, paged_tokens, scale_bytes
 from multimatrix.plan.numbers import decoder_parts, kv_bytes_per_token
 
 MAX_LAYERS = 10_000
-# No model has larger sizes; what is counted then stays within what a float holds.
-LARGEST, MOST_PARAMETERS = 10**9, 10**18
+# What is counted then stays within what a float holds.
+MOST_PARAMETERS, LONGEST_CONTEXT = 10**18, 10**15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +198,8 @@ def stored_kv_bytes(sizes: DecoderSizes, context: int, kv_bits: int, page_size: 
     """
     _check_cache(context, kv_bits)
     check_count("the page size", page_size)
+    if page_size > LARGEST:
+        raise InputError(f"the page size must be at most {LARGEST:,}, got {len(str(page_size))} digits")
     windows = sizes.windows or (None,) * len(sizes.specs)
     return sum(
         (element_bytes(spec, kv_bits) + scale_bytes(spec, kv_bits))
@@ -207,6 +210,8 @@ def stored_kv_bytes(sizes: DecoderSizes, context: int, kv_bits: int, page_size: 
 
 def _check_cache(context: int, kv_bits: int) -> None:
     check_count("the context", context)
+    if context > LONGEST_CONTEXT:
+        raise InputError(f"the context must be at most {LONGEST_CONTEXT:,}, got {len(str(context))} digits")
     if kv_bits not in KV_BITS:
         raise InputError(f"a cached element has 16, 8 or 4 bits, got {kv_bits}")
 

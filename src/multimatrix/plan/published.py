@@ -7,7 +7,7 @@ shared experts.
 from __future__ import annotations
 
 from multimatrix.errors import InputError
-from multimatrix.plan.fields import CHUNKED, FULL, SLIDING, Fields
+from multimatrix.plan.config_fields import CHUNKED, FULL, SLIDING, Fields
 from multimatrix.plan.grouped import (
     QWEN_WINDOW,
     WINDOW,

@@ -12,8 +12,8 @@ from multimatrix.attention import make_specs
 from multimatrix.errors import InputError, one_line
 from multimatrix.files import CONFIG, read_config, read_object
 from multimatrix.model.experts import make_experts
+from multimatrix.plan.config_fields import Fields, shown
 from multimatrix.plan.families import FAMILIES, WRAPPERS
-from multimatrix.plan.fields import Fields, shown
 from multimatrix.plan.model import DecoderSizes
 from multimatrix.recipes import read_recipe
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from multimatrix.errors import InputError
-from multimatrix.plan.model import LARGEST, check_layers
+from multimatrix.fields import LARGEST
+from multimatrix.plan.model import check_layers
 
 # Bookkeeping, training, generation, tokens, positions and activations: nothing that is counted here depends on them.
 NEUTRAL = {
