@@ -106,7 +106,8 @@ def test_the_peak_of_a_width():
     assert [a100.computing(bits).flops_per_second for bits in (4, 8, 16)] == [312e12] * 3
     own = Hardware(name="own", title="", flops_per_second=1e12, bytes_per_second=1e11, memory_bytes=1e9)
     assert own.computing(4) == own
-    assert own.at(0.5).flops_per_second == own.flops_per_second / 2
+    assert [b200.peak(bits) for bits in (4, 8, 16)] == [4.5e15, 4.5e15, 2.25e15]
+    assert own.peak(16) == own.flops_per_second
 
 
 def test_no_price_no_dollars():

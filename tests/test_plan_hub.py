@@ -29,6 +29,7 @@ for name in sys.argv[1:]:
         print(sizes.name, sizes.source, sizes.parameters)
     except InputError as error:
         print(error)
+assert "torch" not in sys.modules
 """
 
 

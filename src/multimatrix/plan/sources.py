@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,9 +49,11 @@ def from_place(place: str) -> DecoderSizes:
     Raises:
         InputError: as `from_config` and `hub_config` have it.
     """
-    path = Path(place)
-    if path.exists() or not HUB_NAME.fullmatch(place):
-        return from_config(path)
+    if os.path.exists(place) or not HUB_NAME.fullmatch(place):
+        try:
+            return from_config(Path(place))
+        except OSError as error:  # a name that no file can have
+            raise InputError(f"{shown(place)} cannot be read: {error.strerror}; name a file or folder") from error
     return from_fields(read_object(hub_config(place)), name=place.partition("/")[2], source=place)
 
 
