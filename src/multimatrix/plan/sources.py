@@ -64,7 +64,9 @@ def from_config(place: Path) -> DecoderSizes:
         InputError: there is none, it is no JSON object, or as `from_fields` has it.
     """
     if place.is_file():
-        return from_fields(read_object(place), name=place.stem, source=str(place))
+        whole = place.resolve()
+        name = whole.parent.name if place.name == CONFIG else whole.stem
+        return from_fields(read_object(place), name=name, source=str(place))
     return from_fields(read_config(place), name=place.resolve().name, source=str(place))
 
 
