@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -30,7 +30,8 @@ SPEC_OPTIONS = (
 def plan(
     ctx: typer.Context,
     models: Annotated[
-        list[Path] | None, typer.Argument(help="config.json files or their folders, each a column of the table.")
+        list[str] | None,
+        typer.Argument(help="config.json files, their folders, or owner/name on the Hugging Face hub; each a column."),
     ] = None,
     recipe: Annotated[
         str | None,
@@ -38,6 +39,7 @@ def plan(
     ] = None,
     context: Annotated[str, typer.Option(help="Tokens that a decoded token sees; 8192,32768 for both.")] = "8192",
     kv_bits: Annotated[int, typer.Option(help="Bits of a cached element: 16, 8 or 4.")] = 16,
+    page_size: Annotated[int, typer.Option(help="Tokens of a page of the cache, which is kept whole.")] = 1,
     gpu: Annotated[str, typer.Option(help="Accelerators of the table, comma-separated.")] = "h800,h20,a800,910b",
     hidden_size: Annotated[int, typer.Option(help="H, elements of the hidden vector.")] = 2048,
     layers: Annotated[int, typer.Option(help="Number of decoder layers.")] = 24,
@@ -60,12 +62,12 @@ def plan(
     from multimatrix.attention.sizes import specs_from_labels
     from multimatrix.plan.hardware import find_hardware
     from multimatrix.plan.model import DecoderSizes, check_layers, decode_cost, plan_row
-    from multimatrix.plan.sources import from_config, from_recipe
+    from multimatrix.plan.sources import from_place, from_recipe
 
     names = split_labels(recipe or "")
     if recipe is not None and not names:
         raise InputError("--recipe names no model; give one, for example step3")
-    planned = [from_recipe(name) for name in names] + [from_config(place) for place in models or ()]
+    planned = [from_recipe(name) for name in names] + [from_place(place) for place in models or ()]
     if planned:
         refuse_beside(ctx, "a recipe or config.json has sizes of its own", *SPEC_OPTIONS)
     else:
@@ -87,9 +89,12 @@ def plan(
             )
             for label, spec in specs.items()
         ]
+    for model in planned:
+        for warning in model.warnings:
+            print(f"warning: {model.name}: {warning}", file=sys.stderr)
     accelerators = find_hardware(split_labels(gpu))
     rows = [
-        plan_row(model, tokens, kv_bits)
+        plan_row(model, tokens, kv_bits, page_size)
         | {"hardware": [chip.row(decode_cost(model, tokens, kv_bits)) for chip in accelerators]}
         for model in planned
         for tokens in whole_numbers("--context", context)
@@ -120,10 +125,15 @@ def _print_plan(rows: list[dict[str, Any]]) -> None:
         line(f"  {part.replace('_', ' ')}", [row["parameters_by_part"][part] for row in rows])
     for bits in rows[0]["kv_bytes_per_token_by_bits"]:
         line(f"KV bytes/token, {bits} bit", [row["kv_bytes_per_token_by_bits"][bits] for row in rows])
+        scales = [row["kv_scale_bytes_per_token_by_bits"][bits] for row in rows]
+        if any(scales):
+            line("  scales beside them", scales)
     table.add_section()
     lines(
         {
             f"KV bytes read, {rows[0]['kv_bits']} bit": "kv_bytes",
+            **({"  scales beside them": "kv_scale_bytes"} if rows[0]["kv_bits"] < 16 else {}),
+            "  stored, scales and pages": "kv_stored_bytes",
             "FLOPs, attention core": "attention_core_flops",
             "  linear": "linear_flops",
             "  feed-forward": "feed_forward_flops",
@@ -134,12 +144,13 @@ def _print_plan(rows: list[dict[str, Any]]) -> None:
     )
     line("core FLOPs/KV byte", [f"{row['arithmetic_intensity']:.1f}" for row in rows])
     for chips in zip(*(row["hardware"] for row in rows), strict=True):
-        line(f"{chips[0]['hardware']}: $ of attention", [f"{chip['attention_dollars']:.4f}" for chip in chips])
+        line(f"{chips[0]['hardware']}: $ of attention", [_dollars(chip["attention_dollars"]) for chip in chips])
         line("  its core waits for", [chip["bound"] for chip in chips])
-        line("  $ of the rest", [f"{chip['other_dollars']:.4f}" for chip in chips])
+        line("  $ of the rest", [_dollars(chip["other_dollars"]) for chip in chips])
     console = Console()
     console.print(table)
     console.print("FLOPs and bytes are those of one decoded token of the whole model, dollars those of a million.")
-    for row in {row["model"]: row for row in rows}.values():
-        if row["unread_fields"]:
-            console.print(f"{row['model']}: not read, and may matter: {', '.join(row['unread_fields'])}")
+
+
+def _dollars(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

@@ -36,7 +36,7 @@ class DecoderSizes:
     that `experts` does not replace. feed_forward_matrices: of each of them. norms_per_layer: of hidden_size each.
     other_parameters: learned numbers that our decoder has no place for, such as biases and norms of queries and keys;
     idle_parameters: those of them that belong to experts which a token does not take. unread_fields: of a config.json,
-    what was not read and may change what is counted.
+    what was not read and may change what is counted; notes: what else a reader of the numbers has to know.
 
     Raises:
         InputError: a size is no whole number of at least 1, or the experts name a layer that is not there.
@@ -55,6 +55,7 @@ class DecoderSizes:
     feed_forward_matrices: int = 3
     windows: tuple[int | None, ...] = ()
     unread_fields: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.specs:
@@ -75,6 +76,12 @@ class DecoderSizes:
         for window in self.windows:
             if window is not None:
                 check_count(f"a window of {self.name}", window)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader of the numbers has to know, a sentence each."""
+        unread = f"not read, and may change what is counted: {', '.join(self.unread_fields)}"
+        return [*self.notes, *([unread] if self.unread_fields else [])]
 
     @property
     def hidden_size(self) -> int:

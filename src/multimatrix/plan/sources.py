@@ -1,16 +1,22 @@
-"""Where the sizes of a model come from: a recipe, or a config.json. No torch."""
+"""Where the sizes of a model come from: a recipe, a config.json, or the Hugging Face hub. No torch."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from multimatrix.attention import make_specs
-from multimatrix.errors import InputError
-from multimatrix.files import read_config, read_object
+from multimatrix.errors import InputError, one_line
+from multimatrix.files import CONFIG, read_config, read_object
 from multimatrix.model.experts import make_experts
-from multimatrix.plan.families import FAMILIES, Fields
+from multimatrix.plan.families import FAMILIES, WRAPPERS
+from multimatrix.plan.fields import Fields, shown
 from multimatrix.plan.model import DecoderSizes
 from multimatrix.recipes import read_recipe
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
 def from_recipe(name: str) -> DecoderSizes:
@@ -32,19 +38,112 @@ def from_recipe(name: str) -> DecoderSizes:
     )
 
 
-def from_config(place: Path) -> DecoderSizes:
-    """The model of a config.json, given as the file or its folder.
+def from_place(place: str) -> DecoderSizes:
+    """The model of a config.json: the file, its folder, or a repository owner/name of the Hugging Face hub.
+
+    What is there on this machine is read from there.
 
     Raises:
-        InputError: there is none, it is no JSON object, its model_type is none of FAMILIES, or a field is missing,
-            contradicts another or says what cannot be planned.
+        InputError: as `from_config` and `hub_config` have it.
+    """
+    path = Path(place)
+    if path.exists() or not HUB_NAME.fullmatch(place):
+        return from_config(path)
+    return from_config(hub_config(place), name=place.partition("/")[2], source=place)
+
+
+def from_config(place: Path, *, name: str | None = None, source: str | None = None) -> DecoderSizes:
+    """The model of a config.json, given as the file or its folder.
+
+    name, source: what the model and the file are called; their own names where nothing is given.
+
+    Raises:
+        InputError: there is none, it is no JSON object, its model_type is none of FAMILIES and WRAPPERS, or a field is
+            missing, contradicts another or says what cannot be planned.
     """
     fields = read_object(place) if place.is_file() else read_config(place)
+    source = source or str(place)
+    name = name or (place.stem if place.is_file() else place.resolve().name)
     kind = fields.get("model_type")
+    notes: list[str] = []
+    if kind in WRAPPERS:
+        fields, notes = _language_model(source, fields)
+        kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(
-            f"{place} has model_type {kind!r}, which cannot be planned; those that can are {', '.join(FAMILIES)}"
+            f"{source} has model_type {shown(kind)}, which cannot be planned; those that can are "
+            f"{', '.join([*FAMILIES, *WRAPPERS])}"
         )
-    found = Fields(place, fields)
-    sizes = FAMILIES[kind](found)
-    return DecoderSizes(name=place.stem if place.is_file() else place.resolve().name, source=str(place), **sizes)
+    try:
+        sizes = FAMILIES[kind](Fields(source, fields))
+        return DecoderSizes(name=name, source=source, notes=tuple(notes), **sizes)
+    except InputError as error:
+        if source in str(error):
+            raise
+        raise InputError(f"{source} cannot be planned: {error}") from error
+
+
+def _language_model(source: str, fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The fields of the language model inside a model that also sees, and what is to be said of the rest."""
+    inner, kind = fields.get("text_config"), fields["model_type"]
+    if not isinstance(inner, dict):
+        has = f"text_config = {shown(inner)}" if "text_config" in fields else "no text_config"
+        raise InputError(f"{source} has {has}, where a {kind} model states its language model")
+    notes = ["its language model alone is planned, not what makes tokens of images"]
+    inner = {"model_type": WRAPPERS[kind]} | inner
+    tied, outer = inner.get("tie_word_embeddings"), fields.get("tie_word_embeddings")
+    if tied is None and outer is not None:
+        inner["tie_word_embeddings"] = outer
+    elif tied is not None and outer is not None and tied != outer:
+        notes.append(f"it states tie_word_embeddings twice; that of its text_config, {shown(tied)}, is taken")
+    return inner, notes
+
+
+def hub_config(repository: str) -> Path:
+    """config.json of a repository owner/name of the Hugging Face hub, from its cache or fetched.
+
+    Raises:
+        InputError: there is no such repository or file, access to it is restricted, or the hub cannot be reached.
+    """
+    # Half a second, spent by those who ask for it.
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shows_bars = not are_progress_bars_disabled()
+    disable_progress_bars()
+    way_out = f"download its {CONFIG} and give the file"
+    try:
+        return Path(hf_hub_download(repository, CONFIG))
+    except GatedRepoError as error:
+        raise InputError(
+            f"access to {repository} on the Hugging Face hub is restricted; accept its terms there and run "
+            f"`hf auth login`, or {way_out}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"there is no {repository}, neither as a file or folder here nor on the Hugging Face hub, or it is "
+            "private; check the name"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{repository} is no file or folder here, and the Hugging Face hub cannot be reached; {way_out}"
+        ) from error
+    except EntryNotFoundError as error:
+        raise InputError(f"{repository} on the Hugging Face hub has no {CONFIG}; name another repository") from error
+    except HFValidationError as error:
+        raise InputError(f"{repository!r} is no file or folder here, and no name that the hub allows") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(
+            f"{CONFIG} of {repository} cannot be had from the Hugging Face hub: {one_line(error)}; {way_out}"
+        ) from error
+    finally:
+        if shows_bars:
+            enable_progress_bars()
