@@ -379,7 +379,7 @@ BAD_WORDS = {
     "no-recipe": (("--recipe", ","), "--recipe"),
     "beside": (("--recipe", "step3", "--layers", 3), "--layers"),
     "context": (("--context", "0"), "context"),
-    "contexts": (("--context", "8k"), "8k"),
+    "contexts": (("--context", "8q"), "8q"),
     "no-context": (("--context", ","), "--context"),
     "bits": (("--kv-bits", 3), "16, 8 or 4"),
     "gpu": (("--gpu", "h9000"), "h800"),

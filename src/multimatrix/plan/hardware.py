@@ -49,14 +49,6 @@ class Hardware:
             if value is not None and not isinstance(value, str) and not 0 < value < math.inf:
                 raise InputError(f"{field.name} of {self.name} must be a positive number, got {value}")
 
-    def at(self, efficiency: float) -> Hardware:
-        """The accelerator where this share of both peaks is reached."""
-        return dataclasses.replace(
-            self,
-            flops_per_second=self.flops_per_second * efficiency,
-            bytes_per_second=self.bytes_per_second * efficiency,
-        )
-
     def computing(self, bits: int) -> Hardware:
         """The accelerator with its peak of products whose operands have so many bits, or of the next wider ones.
 
@@ -65,6 +57,10 @@ class Hardware:
         rates = {4: self.fp4_flops_per_second, 8: self.fp8_flops_per_second, 16: self.bf16_flops_per_second}
         fitting = [rate for width, rate in rates.items() if rate is not None and width >= bits]
         return dataclasses.replace(self, flops_per_second=fitting[0]) if fitting else self
+
+    def peak(self, bits: int) -> float:
+        """FLOPs per second on numbers that are stored with so many bits; below 8 they are widened to 8."""
+        return self.computing(max(bits, 8)).flops_per_second
 
     @property
     def roofline(self) -> float:
