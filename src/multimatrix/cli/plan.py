@@ -126,11 +126,13 @@ def plan(
         layout=layout if given(ctx, LAYOUT_OPTIONS) else None,
         batches=tuple(batches),
         target_kv=None if target_kv is None else share("--target-kv", target_kv),
-        searched=bool(given(ctx, ("batch",)) and chips and (own or gpu is not None)),
     )
     names = split_labels(recipe or "")
     if recipe is not None and not names:
         raise InputError("--recipe names no model; give one, for example step3")
+    if given(ctx, ("batch",)) and chips and (own or gpu is not None) and not replace:
+        one_model = len(names) + len(models or ()) == 1 or not (names or models or "," in variants)
+        question = dataclasses.replace(question, searched=one_model)
     if names or models:
         refuse_beside(ctx, "a recipe or config.json has sizes of its own", *SPEC_OPTIONS)
         if not replace and not question.searches:

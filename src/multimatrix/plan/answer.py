@@ -88,8 +88,7 @@ def answer(sizes: DecoderSizes, context: int, question: Question) -> dict[str, A
         "hardware": hardware,
     }
     if question.chips:
-        devices = question.layout.devices if question.layout else 1
-        row["per_device"] = per_device_rows(sizes, devices if devices > 1 else 8, question)
+        row["per_device"] = per_device_rows(sizes, question)
     if question.searches:
         row["search"] = search_row(sizes, context, question)
     return row
@@ -169,11 +168,15 @@ def forms_on(sizes: DecoderSizes, context: int, kv_bits: int, chip: Hardware) ->
     return {f"{form}_faster_from": faster_from(form) for form in ("recomputed", "kept")}
 
 
-def per_device_rows(sizes: DecoderSizes, devices: int, question: Question) -> list[dict[str, Any]]:
+def per_device_rows(sizes: DecoderSizes, question: Question) -> list[dict[str, Any]]:
     """What a device holds under each kind of parallelism alone; kinds that cannot cut this model are left out.
 
-    copies: devices that hold the same cached element. kv_bytes_per_token: of a sequence, on a device that keeps it.
+    There are as many devices as the question has, or else as many up to 8 as tensor parallelism can have. copies:
+    devices that hold the same cached element. kv_bytes_per_token: of a sequence, on a device that keeps it.
     """
+    devices = question.layout.devices if question.layout else 1
+    if devices == 1:
+        devices = next((ways for ways in (8, 4, 2) if cuts(sizes, Layout(tensor=ways))), 8)
     rows = []
     for kind in ("tensor", "attention_data", "data"):
         layout = Layout(**{kind: devices})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle, groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,19 +23,31 @@ from multimatrix.plan.parallel import runs
 from multimatrix.plan.serving import Serving
 from multimatrix.words import short_tokens
 
-Style = tuple[str, str]
 SHORTEST, LONGEST = 2**9, 2**20
 RING: dict[str, Any] = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.8}
 
 
+class Style(NamedTuple):
+    """How a model is drawn. Earlier ones are wider, so that they are seen beneath later ones that coincide."""
+
+    colour: str
+    marker: str
+    width: float
+
+    @property
+    def markersize(self) -> float:
+        return 3.5 + 2.2 * self.width
+
+
 def model_styles(names: Sequence[str]) -> dict[str, Style]:
-    """Colour and marker by name: a variant has its own, other models take what is left in order."""
-    styles = {name: STYLES[name] for name in names if name in STYLES}
-    taken = {colour for colour, _ in styles.values()}
+    """By name: a variant has its own colour and marker, other models take what is left in order."""
+    own = {name: STYLES[name] for name in names if name in STYLES}
+    taken = {colour for colour, _ in own.values()}
     colours = [*(colour for colour, _ in reversed(STYLES.values())), *OTHER_COLOURS]
     markers = [*(marker for _, marker in reversed(STYLES.values())), *OTHER_MARKERS]
     free = cycle([pair for pair in zip(colours, cycle(markers), strict=False) if pair[0] not in taken])
-    return {name: styles.get(name) or next(free) for name in names}
+    widths = np.linspace(3.2, 1.5, len(names))
+    return {name: Style(*(own.get(name) or next(free)), width) for name, width in zip(names, widths, strict=True)}
 
 
 def kv_bytes_against_context(
@@ -47,8 +59,9 @@ def kv_bytes_against_context(
     ends = []
     for sizes in planned:
         stored = [stored_kv_bytes(sizes, int(context), kv_bits) for context in contexts]
-        axes.plot(contexts, stored, color=styles[sizes.name][0], linewidth=1.8)
-        ends.append(End(sizes.name, contexts[-1], stored[-1], styles[sizes.name][0]))
+        style = styles[sizes.name]
+        axes.plot(contexts, stored, color=style.colour, linewidth=style.width)
+        ends.append(End(sizes.name, contexts[-1], stored[-1], style.colour))
     if chips:
         least, most = (of(chip.memory_bytes for chip in chips) for of in (min, max))
         axes.axhspan(least * 0.985, most * 1.015, color=INK, alpha=0.18, linewidth=0)
@@ -73,13 +86,13 @@ def speed_against_context(
 ) -> Figure:
     """Decoded tokens per second and device; batch: None for the largest that fits at each context.
 
-    A line is dashed where the step waits for arithmetic, and ringed where it begins to wait for memory.
+    A line is dashed where the step waits for arithmetic, solid where for memory, and ringed between.
     """
     figure, axes = _axes(4.6)
     contexts = _contexts(longest)
     handles = []
     for serving in servings:
-        colour = styles[serving.sizes.name][0]
+        colour, _, width = styles[serving.sizes.name]
         points = [point for context in contexts if (point := _point(serving, batch, int(context)))]
         if not points:
             continue
@@ -90,13 +103,15 @@ def speed_against_context(
                 [point[0] for point in shown],
                 [point[1] for point in shown],
                 color=colour,
-                linewidth=1.8,
+                linewidth=width,
                 linestyle=(0, (3, 1.5)) if bound == "arithmetic" else "-",
             )
-        crossing = serving.becomes_memory_bound(batch, int(contexts[0]), points[-1][0])
+        crossing = serving.bound_changes(batch, int(contexts[0]), points[-1][0])
         if crossing is not None and (point := _point(serving, batch, crossing)):
             axes.plot(*point[:2], color=colour, **RING)
-        handles.append(Line2D([], [], color=colour, linewidth=1.8, label=f"{serving.sizes.name}, {_devices(serving)}"))
+        handles.append(
+            Line2D([], [], color=colour, linewidth=width, label=f"{serving.sizes.name}, {_devices(serving)}")
+        )
     if not handles:
         return empty("No model fits at any context.")
     axes.set_yscale("log")
@@ -126,9 +141,7 @@ def roofline(rows: Sequence[Mapping[str, Any]], styles: Mapping[str, Style], chi
         ends.append(End(chip.name, high, peak, INK))
         for name, row in models.items():
             x = row["arithmetic_intensity"]
-            axes.plot(
-                x, min(peak, x * chip.bytes_per_second), color=styles[name][0], marker=styles[name][1], markersize=7.5
-            )
+            axes.plot(x, min(peak, x * chip.bytes_per_second), **_marked(styles[name]))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlim(low, high)
@@ -138,10 +151,7 @@ def roofline(rows: Sequence[Mapping[str, Any]], styles: Mapping[str, Style], chi
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(f"FLOPs of the attention core per byte of a {rows[0]['kv_bits']} bit cache", color=INK)
     axes.set_ylabel("attainable", color=INK)
-    handles = [
-        Line2D([], [], linestyle="", color=styles[name][0], marker=styles[name][1], markersize=7.5, label=name)
-        for name in models
-    ]
+    handles = [Line2D([], [], linestyle="", **_marked(styles[name]), label=name) for name in models]
     _legend(figure, handles)
     _finish(figure, axes, ends)
     return figure
@@ -153,15 +163,15 @@ def forms_against_queries(planned: Sequence[DecoderSizes], styles: Mapping[str, 
     queries = np.unique(np.geomspace(1, context, 80).astype(int))
     ends = []
     for sizes in planned:
-        colour = styles[sizes.name][0]
+        colour, _, width = styles[sizes.name]
         absorbed, recomputed = (
             [_flops(sizes, form, int(number), context) / number for number in queries]
             for form in ("absorbed", "recomputed")
         )
-        axes.plot(queries, absorbed, color=colour, linewidth=1.8)
+        axes.plot(queries, absorbed, color=colour, linewidth=width)
         ends.append(End(sizes.name, float(queries[-1]), absorbed[-1], colour))
         if absorbed != recomputed:
-            axes.plot(queries, recomputed, color=colour, linewidth=1.5, linestyle=(0, (3, 1.5)))
+            axes.plot(queries, recomputed, color=colour, linewidth=width, linestyle=(0, (3, 1.5)))
             pairs = enumerate(zip(absorbed, recomputed, strict=True))
             crossed = next((place for place, (reused, anew) in pairs if anew < reused), None)
             if crossed is not None:
@@ -173,6 +183,10 @@ def forms_against_queries(planned: Sequence[DecoderSizes], styles: Mapping[str, 
     axes.set_ylabel("attention, per query token", color=INK)
     _finish(figure, axes, ends)
     return figure
+
+
+def _marked(style: Style) -> dict[str, Any]:
+    return {"color": style.colour, "marker": style.marker, "markersize": style.markersize}
 
 
 def _flops(sizes: DecoderSizes, form: str, queries: int, context: int) -> int:
@@ -216,15 +230,19 @@ def _tokens_axis(axes: Axes, counts: np.ndarray) -> None:
 
 def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     """Names below the axes."""
-    columns = 2 if max(len(str(handle.get_label())) for handle in handles) > 22 else 3
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = next((columns for columns, room in ((3, 22), (2, 34)) if longest <= room), 1)
     legend = figure.legend(handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=9.5)
     for text in legend.get_texts():
         text.set(color=INK, parse_math=False)
 
 
 def _finish(figure: Figure, axes: Axes, ends: Sequence[End]) -> None:
-    """Names at the ends of lines, when the limits are final."""
+    """Names at the ends of lines, when the limits are final; long ones in a legend, which leaves room to the lines."""
     axes.yaxis.set_minor_locator(NullLocator())
+    if ends and max(len(end.text) for end in ends) > 20:
+        _legend(figure, [Line2D([], [], color=end.colour, linewidth=2, label=end.text) for end in ends])
+        return
     figure.draw_without_rendering()
     label_ends(axes, ends)
 

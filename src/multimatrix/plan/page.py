@@ -38,7 +38,7 @@ def render(planned: Sequence[DecoderSizes], rows: Sequence[Row], question: Quest
     first = [row for row in rows if row["context"] == context]
 
     def coloured(table: tables.Table) -> tuple[list[str], list[tuple[str, list[tables.Cell]]]]:
-        return table.headings, [(styles[line.model][0], line.cells) for line in table.lines]
+        return table.headings, [(styles[line.model].colour, line.cells) for line in table.lines]
 
     chips = []
     for place, chip in enumerate(question.chips):

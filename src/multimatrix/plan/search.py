@@ -4,13 +4,15 @@
     cache        C is what makes the cache as large as it was: half its elements for MFA, all of them for MFA-KR
 
 Both have as many heads m of query rank R = C (as in the paper) as take no more parameters than the layer's attention
-had. What is left then goes to R, in steps of 64. The search tries C by C and R = C, 2C, 4C, 8C with the most heads that
+had, rounded down to a power of two's multiple where that loses less than an eighth, so that devices can share them.
+What is left then goes to R, in steps of 64. The search tries C by C and R = C, 2C, 4C, 8C with the most heads that
 take no more, and sorts by total effective rank, m C.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -59,12 +61,14 @@ def _match(spec: AttentionSpec, variant: str, equal: Equal, fixed: dict[str, Any
     if "num_heads" in given:
         return _mfa(spec, variant, given, given["num_heads"])
     heads = _heads_for(spec, variant, given, multiple)
+    even = next((math.lcm(ways, multiple) for ways in (8, 4, 2) if heads >= 8 * ways), 1)
+    heads = heads // even * even
     if heads < 1:
         least = _mfa(spec, variant, given, multiple)
         raise InputError(
             f"the attention to be replaced has {spec.parameters:,} parameters a layer, and {variant} of head_dim "
-            f"{width:,} has {least.parameters:,} with {multiple} heads; set a smaller one, for example "
-            f"--set {variant}.head_dim={max(2, width // 4 * 2)}"
+            f"{width:,} has {least.parameters:,} with {multiple} head{'s' * (multiple > 1)}; set a smaller one, for "
+            f"example --set {variant}.head_dim={max(2, width // 4 * 2)}"
         )
     filled = _mfa(spec, variant, given, heads)
     if "query_rank" not in fixed:

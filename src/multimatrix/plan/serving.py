@@ -212,16 +212,17 @@ class Serving:
             **{f"{name}_seconds": work.seconds for name, work in step.items()},
         }
 
-    def becomes_memory_bound(self, batch: int | None, low: int, high: int) -> int | None:
-        """The least context of low..high at which a step waits for memory, having waited for arithmetic at `low`.
+    def bound_changes(self, batch: int | None, low: int, high: int) -> int | None:
+        """The least context of low..high at which a step waits for something else than at `low`; None for none.
 
-        batch: None for the largest that fits. None where there is no such context.
+        batch: None for the largest that fits.
         """
 
-        def memory(context: int) -> bool:
-            return _whole(self.step(batch or max(1, self.largest_batch(context)), context)).bound == "memory"
+        def bound(context: int) -> Bound:
+            return _whole(self.step(batch or max(1, self.largest_batch(context)), context)).bound
 
-        return None if memory(low) else crossing(memory, low, high)
+        first = bound(low)
+        return crossing(lambda context: bound(context) != first, low, high)
 
 
 def _whole(step: dict[str, Work]) -> Work:

@@ -91,7 +91,7 @@ def cost_table(rows: Sequence[Row]) -> Table:
             intensity, prefill = f"{row['arithmetic_intensity']:.1f}", short_count(row["prefill_flops"])
             yield row["model"], [label, *counts, intensity, prefill]
 
-    return _table(["model", *keys, "core FLOPs a KV byte", "whole prompt"], lines())
+    return _table(["model", *keys, "core FLOPs a KV byte", "prefill"], lines())
 
 
 def price_table(rows: Sequence[Row]) -> Table:
