@@ -84,9 +84,14 @@ class CacheLayout:
     source: ValueSource = "own"
 
     @property
+    def vectors(self) -> tuple[tuple[int, int], ...]:
+        """(heads, dim) of every tensor."""
+        return (self.key,) if self.value is None else (self.key, self.value)
+
+    @property
     def elements(self) -> int:
         """Elements per token and layer."""
-        return math.prod(self.key) + (math.prod(self.value) if self.value else 0)
+        return sum(math.prod(vector) for vector in self.vectors)
 
 
 @dataclass(frozen=True)

@@ -58,13 +58,13 @@ def _costs(rows: list[Row]) -> Any:
         line(f"KV bytes/token, {bits} bit", [row["kv_bytes_per_token_by_bits"][bits] for row in rows])
         scales = [row["kv_scale_bytes_per_token_by_bits"][bits] for row in rows]
         if any(scales):
-            line("  scales beside them", scales)
+            line("  and scales", scales)
     table.add_section()
     lines(
         {
             f"KV bytes read, {rows[0]['kv_bits']} bit": "kv_bytes",
-            **({"  scales beside them": "kv_scale_bytes"} if rows[0]["kv_bits"] < 16 else {}),
-            "  stored, scales and pages": "kv_stored_bytes",
+            **({"  and scales": "kv_scale_bytes"} if rows[0]["kv_bits"] < 16 else {}),
+            "KV bytes stored": "kv_stored_bytes",
             "FLOPs, attention core": "attention_core_flops",
             "  linear": "linear_flops",
             "  feed-forward": "feed_forward_flops",

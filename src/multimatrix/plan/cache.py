@@ -12,8 +12,6 @@ The 4 bit layout is that of llama.cpp's q4_0, 4.5 bits an element; NVFP4, with a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from multimatrix.attention import AttentionSpec
 
 KV_BITS = (16, 8, 4)
@@ -23,15 +21,15 @@ GROUP, GROUP_SCALE_BYTES = 32, 2  # of a 4 bit cache
 
 def element_bytes(spec: AttentionSpec, bits: int) -> int:
     """Bytes that one token's elements take in one layer; every vector takes whole bytes."""
-    return sum(heads * (-(-dim * bits // 8)) for heads, dim in _vectors(spec))
+    return sum(heads * (-(-dim * bits // 8)) for heads, dim in spec.cache.vectors)
 
 
 def scale_bytes(spec: AttentionSpec, bits: int) -> int:
     """Bytes of the scales that belong to them."""
     if bits == 8:
-        return sum(heads * FP8_SCALE_BYTES for heads, _ in _vectors(spec))
+        return sum(heads * FP8_SCALE_BYTES for heads, _ in spec.cache.vectors)
     if bits == 4:
-        return sum(heads * GROUP_SCALE_BYTES * -(-dim // GROUP) for heads, dim in _vectors(spec))
+        return sum(heads * GROUP_SCALE_BYTES * -(-dim // GROUP) for heads, dim in spec.cache.vectors)
     return 0
 
 
@@ -45,10 +43,3 @@ def paged_tokens(context: int, window: int | None, page_size: int) -> int:
     if window is not None:
         pages = min(pages, -(-(window - 1) // page_size) + 1)
     return pages * page_size
-
-
-def _vectors(spec: AttentionSpec) -> Iterator[tuple[int, int]]:
-    """(heads, dim) of the cached tensors."""
-    yield spec.cache.key
-    if spec.cache.value is not None:
-        yield spec.cache.value

@@ -16,8 +16,10 @@ from multimatrix.convert.step3_format import KNOWN_FIELDS
 from multimatrix.errors import InputError
 from multimatrix.model.experts import make_experts
 from multimatrix.plan import grouped, published
-from multimatrix.plan.fields import Fields
+from multimatrix.plan.config_fields import NEUTRAL, Fields
 
+# What Step-3's format has to state and nothing that is counted depends on.
+STEP3_UNCOUNTED = {"max_seq_len": 1, "rope_theta": 1e4, "rms_norm_eps": 1e-5}
 OURS_NEUTRAL = ("depth_scaled_init", "zero_init_output", "provenance")
 LATENT_NEUTRAL = (
     *("aux_loss_alpha", "ep_size", "topk_method", "scoring_func", "seq_aux", "num_key_value_heads", "rope_interleave"),
@@ -60,13 +62,10 @@ def deepseek(fields: Fields) -> dict[str, Any]:
 
 def step3(fields: Fields) -> dict[str, Any]:
     fields.layers()
-    known = fields.known(KNOWN_FIELDS)
     for name in ("hidden_size", "vocab_size", "intermediate_size"):
         fields.count(name)
-    try:
-        return _ours(from_step3(known, ())) | {"unread_fields": fields.unread()}
-    except InputError as error:
-        raise InputError(f"{fields.place} cannot be planned: {error}") from error
+    known = fields.known(KNOWN_FIELDS - NEUTRAL)
+    return _ours(from_step3(STEP3_UNCOUNTED | known, ())) | {"unread_fields": fields.unread()}
 
 
 def multimatrix(fields: Fields) -> dict[str, Any]:

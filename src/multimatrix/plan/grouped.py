@@ -8,7 +8,7 @@ from typing import Any
 from multimatrix.attention import AttentionSpec, make_spec
 from multimatrix.errors import InputError
 from multimatrix.model.experts import make_experts
-from multimatrix.plan.fields import FULL, SLIDING, Fields
+from multimatrix.plan.config_fields import FULL, SLIDING, Fields
 
 Sizes = dict[str, Any]
 WINDOW: dict[str, tuple[str, int | None]] = {SLIDING: ("sliding_window", None)}

@@ -20,11 +20,14 @@ from typing import Any
 
 from multimatrix.attention import AttentionSpec
 from multimatrix.errors import InputError
+from multimatrix.fields import LARGEST
 from multimatrix.model.experts import ExpertsSpec
 from multimatrix.plan.cache import KV_BITS, element_bytes, paged_tokens, scale_bytes
 from multimatrix.plan.numbers import decoder_parts, kv_bytes_per_token
 
 MAX_LAYERS = 10_000
+# What is counted then stays within what a float holds.
+MOST_PARAMETERS, LONGEST_CONTEXT = 10**18, 10**15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,21 @@ class DecoderSizes:
         for window in self.windows:
             if window is not None:
                 check_count(f"a window of {self.name}", window)
+        self._check_magnitudes()
+
+    def _check_magnitudes(self) -> None:
+        sizes = {"vocab_size": self.vocab_size, "intermediate_size": self.intermediate_size}
+        if self.experts is not None:
+            sizes |= {f"{field} of experts": value for field, value in vars(self.experts).items() if field != "layers"}
+        for field, value in sizes.items():
+            if value > LARGEST:
+                raise InputError(f"{field} of {self.name} must be at most {LARGEST:,}, got {len(str(value))} digits")
+        for spec in dict.fromkeys(self.specs):
+            if spec.parameters > MOST_PARAMETERS:
+                raise InputError(
+                    f"{spec.variant} of {self.name} has more than {MOST_PARAMETERS:.0e} parameters a layer; check its "
+                    "sizes"
+                )
 
     @property
     def warnings(self) -> list[str]:
@@ -180,6 +198,8 @@ def stored_kv_bytes(sizes: DecoderSizes, context: int, kv_bits: int, page_size: 
     """
     _check_cache(context, kv_bits)
     check_count("the page size", page_size)
+    if page_size > LARGEST:
+        raise InputError(f"the page size must be at most {LARGEST:,}, got {len(str(page_size))} digits")
     windows = sizes.windows or (None,) * len(sizes.specs)
     return sum(
         (element_bytes(spec, kv_bits) + scale_bytes(spec, kv_bits))
@@ -190,6 +210,8 @@ def stored_kv_bytes(sizes: DecoderSizes, context: int, kv_bits: int, page_size: 
 
 def _check_cache(context: int, kv_bits: int) -> None:
     check_count("the context", context)
+    if context > LONGEST_CONTEXT:
+        raise InputError(f"the context must be at most {LONGEST_CONTEXT:,}, got {len(str(context))} digits")
     if kv_bits not in KV_BITS:
         raise InputError(f"a cached element has 16, 8 or 4 bits, got {kv_bits}")
 

@@ -7,7 +7,7 @@ shared experts.
 from __future__ import annotations
 
 from multimatrix.errors import InputError
-from multimatrix.plan.fields import CHUNKED, FULL, SLIDING, Fields
+from multimatrix.plan.config_fields import CHUNKED, FULL, SLIDING, Fields
 from multimatrix.plan.grouped import (
     QWEN_WINDOW,
     WINDOW,
@@ -167,17 +167,17 @@ def phimoe(fields: Fields) -> Sizes:
     other = 2 * hidden  # biases of the norms
     if fields.flag("attention_bias"):
         other += projection_biases(fields, attention, output=True)
+    biased_head = fields.flag("lm_head_bias")
     sizes = uniform_layers(fields, attention, decoder_sizes(fields), other, windows_everywhere(fields), experts)
-    sizes["other_parameters"] += hidden + (sizes["vocab_size"] if fields.flag("lm_head_bias") else 0)
+    sizes["other_parameters"] += hidden + (sizes["vocab_size"] if biased_head else 0)
     return sizes
 
 
 def llama4(fields: Fields) -> Sizes:
     """Layers with RoPE see chunks of the context, those without see all of it."""
     attention, layers = attention_sizes(fields, divides=False), fields.layers()
-    rotated = fields.numbers("no_rope_layers") or [
-        int((layer + 1) % fields.count("no_rope_layer_interval", default=4) != 0) for layer in range(layers)
-    ]
+    interval = fields.count("no_rope_layer_interval", default=4)
+    rotated = fields.numbers("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in range(layers)]
     if len(rotated) < layers or any(flag not in (0, 1) for flag in rotated):
         raise fields.wrong("no_rope_layers", f"a list of 0 and 1 for each of the {layers} layers")
     has_chunks = "attention_chunk_size" in fields or not fields.states("attention_chunk_size")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from multimatrix.errors import InputError
+from multimatrix.fields import LARGEST
 from multimatrix.plan.model import check_layers
 
 # Bookkeeping, training, generation, tokens, positions and activations: nothing that is counted here depends on them.
@@ -20,8 +21,19 @@ NEUTRAL = {
     "router_aux_loss_coef", "router_jitter_noise", "input_jitter_noise", "norm_topk_prob", "quantization_config",
     "tokenizer_class", "cache_implementation", "embd_pdrop", "resid_pdrop", "attn_logit_softcapping",
     "final_logit_softcapping", "query_pre_attn_scalar", "swiglu_alpha", "swiglu_limit", "base_model_tp_plan",
+    "_attn_implementation_autoset", "torchscript", "use_bfloat16", "tf_legacy_loss", "finetuning_task",
+    "task_specific_params", "prefix", "sep_token_id", "decoder_start_token_id", "forced_bos_token_id",
+    "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "max_length", "min_length",
+    "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p",
+    "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "num_return_sequences", "return_dict_in_generate", "output_scores", "exponential_decay_length_penalty",
+    "remove_invalid_values",
 }  # fmt: skip
-LARGEST = 10**9  # no size of a model; products of sizes stay far below what a float holds
+# Switches that many configurations state and few families read: nothing is said of one that is off.
+SWITCHES = {
+    "attention_bias", "mlp_bias", "use_mrope", "add_cross_attention", "cross_attention_hidden_size", "is_decoder",
+    "tie_encoder_decoder", "pruned_heads", "use_qk_norm", "use_sliding_window", "per_layer_config",
+}  # fmt: skip
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
@@ -109,6 +121,7 @@ class Fields:
             if not isinstance(stated, list) or len(stated) != len(kinds):
                 raise self.wrong("layer_types", f"a list with one kind for each of the {len(kinds)} layers")
             kinds = stated
+        self._read.update(field for field, _ in sizes.values())
         seen: dict[Any, int | None] = {FULL: None}
         for kind in kinds:
             if not isinstance(kind, str) or (kind != FULL and kind not in sizes):
@@ -129,8 +142,9 @@ class Fields:
         return InputError(f"{self.place} has {has}, which must be {wanted}")
 
     def unread(self, *neutral: str) -> tuple[str, ...]:
-        """The fields that nobody asked for, but those that are neutral here."""
-        return tuple(sorted(set(self._fields) - self._read - set(neutral)))
+        """The fields that nobody asked for, but those that are neutral here and switches that are off."""
+        off = {name for name in SWITCHES if not self._fields.get(name)}
+        return tuple(sorted(set(self._fields) - self._read - off - set(neutral)))
 
 
 def shown(value: Any) -> str:
