@@ -306,6 +306,14 @@ def test_forms_of_the_whole_model():
     assert not answer(from_recipe("step3"), 8192, Question(chips=()))["forms"]["expands"]
 
 
+def test_keeping_expanded_keys_is_faster_from_where_the_docs_say():
+    row = answer(from_recipe("deepseek-v3"), 8192, Question(chips=tuple(find_hardware(["h800", "h20"])), kv_bits=8))
+    assert [chip["forms"]["kept_faster_from"] for chip in row["hardware"]] == [75, 10]
+    assert [chip["forms"]["recomputed_faster_from"] for chip in row["hardware"]] == [169, 169]
+    mfa = answer(from_recipe("step3"), 8192, Question(chips=tuple(find_hardware(["h800"]))))
+    assert mfa["hardware"][0]["forms"] == {"recomputed_faster_from": None, "kept_faster_from": None}
+
+
 # ---- replacements ----------------------------------------------------------------------------------------------------
 
 
@@ -407,6 +415,17 @@ def test_own_numbers_and_layouts(monkeypatch):
         assert text in out
     both = json.loads(multimatrix("plan", *words, "--gpu", "h20", "--price", "3", "--json").out)
     assert [chip["hardware"] for chip in both["hardware"]] == ["h20", "own"]
+
+
+def test_what_the_docs_show_of_parallelism_is_what_the_command_prints(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    words = (
+        "--recipe qwen3-32b --replace mfa --replace mfa_kr --gpu h200 --context 128k --kv-bits 8 --tensor-parallel 8"
+    )
+    out = "\n".join(line.rstrip() for line in multimatrix("plan", *words.split()).out.splitlines())
+    shown = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8").split("```text\n")[1].split("```")[0]
+    assert out.endswith(shown.rstrip())
+    assert "on 8 devices" in shown
 
 
 def test_what_does_not_fit_says_what_would():

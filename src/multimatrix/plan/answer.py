@@ -88,7 +88,7 @@ def answer(sizes: DecoderSizes, context: int, question: Question) -> dict[str, A
         "hardware": hardware,
     }
     if question.chips:
-        row["per_device"] = per_device_rows(sizes, question)
+        row["per_device"] = per_device_rows(sizes, context, question)
     if question.searches:
         row["search"] = search_row(sizes, context, question)
     return row
@@ -168,11 +168,12 @@ def forms_on(sizes: DecoderSizes, context: int, kv_bits: int, chip: Hardware) ->
     return {f"{form}_faster_from": faster_from(form) for form in ("recomputed", "kept")}
 
 
-def per_device_rows(sizes: DecoderSizes, question: Question) -> list[dict[str, Any]]:
+def per_device_rows(sizes: DecoderSizes, context: int, question: Question) -> list[dict[str, Any]]:
     """What a device holds under each kind of parallelism alone; kinds that cannot cut this model are left out.
 
     There are as many devices as the question has, or else as many up to 8 as tensor parallelism can have. copies:
     devices that hold the same cached element. kv_bytes_per_token: of a sequence, on a device that keeps it.
+    largest_batch: of all devices together, where they are the first of the question's.
     """
     devices = question.layout.devices if question.layout else 1
     if devices == 1:
@@ -193,6 +194,7 @@ def per_device_rows(sizes: DecoderSizes, question: Question) -> list[dict[str, A
                 "devices": devices,
                 "weight_bytes": serving.weight_bytes,
                 "kv_bytes_per_token": int(share),
+                "largest_batch": serving.largest_batch(context),
                 "copies": max(key_head_copies(spec, layout) for spec in sizes.specs),
                 "sequences": "all" if layout.attention_groups == 1 else f"1/{layout.attention_groups}",
             }

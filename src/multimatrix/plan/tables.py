@@ -177,11 +177,12 @@ def device_table(rows: Sequence[Row]) -> Table:
                         f"{kind['weight_bytes'] / 1e9:,.1f} GB",
                         number(kind["kv_bytes_per_token"]),
                         kind["sequences"],
+                        number(kind["largest_batch"]),
                         "once" if copies == 1 else Cell(f"on {copies} devices", "arithmetic"),
                     ],
                 )
 
-    return _table(["", "parallelism", "weights", "KV/token", "sequences", "cached"], lines())
+    return _table(["", "parallelism", "weights", "KV/token", "sequences", "max. batch", "cached"], lines())
 
 
 def copies(rows: Sequence[Row]) -> bool:
