@@ -434,7 +434,7 @@ def test_what_does_not_fit_says_what_would():
     assert not made["fits"]
     assert (made["devices_needed"], made["seconds_per_token"], made["longest_context"]) == (16, None, 0)
     assert "needs 16" in multimatrix("plan", *words).out
-    assert "none fits" in " ".join(multimatrix("plan", *words, "--batch", 1).out.split())
+    assert "MFA-KR fits; take more" in " ".join(multimatrix("plan", *words, "--batch", 1).out.split())
     small = ("--recipe", "step3", "--memory", "1GB", "--bandwidth", "1TB", "--flops", "1T")
     assert "fits nowhere" in multimatrix("plan", *small).out
 

@@ -113,7 +113,7 @@ def _assumptions(question: Question) -> str:
 def _print_search(console: Console, row: Row) -> None:
     found, title = row["search"], tables.search_title(row)
     if not found["found"]:
-        console.print("", f"{title}: none fits; take more devices, fewer bits or a shorter context", sep="\n")
+        console.print("", f"{title}: {tables.nothing_found(row)}", sep="\n")
         return
     made = tables.search_table(row)
     table = plain_table(title, made.headings, right=made.headings[1:])

@@ -46,7 +46,7 @@ def model_styles(names: Sequence[str]) -> dict[str, Style]:
     colours = [*(colour for colour, _ in reversed(STYLES.values())), *OTHER_COLOURS]
     markers = [*(marker for _, marker in reversed(STYLES.values())), *OTHER_MARKERS]
     free = cycle([pair for pair in zip(colours, cycle(markers), strict=False) if pair[0] not in taken])
-    widths = np.linspace(3.2, 1.5, len(names))
+    widths = np.linspace(3.0, 1.6, len(names)) if len(names) > 1 else [1.8]
     return {name: Style(*(own.get(name) or next(free)), width) for name, width in zip(names, widths, strict=True)}
 
 
@@ -73,8 +73,7 @@ def kv_bytes_against_context(
             textcoords="offset points",
             **LABEL | {"fontsize": 8.5},
         )
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _si(value, "B")))
+    _log_scale(axes, "B")
     _tokens_axis(axes, contexts)
     axes.set_ylabel("KV cache of one sequence", color=INK)
     _finish(figure, axes, ends)
@@ -114,10 +113,8 @@ def speed_against_context(
         )
     if not handles:
         return empty("No model fits at any context.")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _si(value)))
+    _log_scale(axes)
     _tokens_axis(axes, contexts)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.set_ylabel("tokens per second and device", color=INK)
     _legend(figure, handles)
     _finish(figure, axes, [])
@@ -143,11 +140,10 @@ def roofline(rows: Sequence[Mapping[str, Any]], styles: Mapping[str, Style], chi
             x = row["arithmetic_intensity"]
             axes.plot(x, min(peak, x * chip.bytes_per_second), **_marked(styles[name]))
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set_xlim(low, high)
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _si(value, "FLOP/s")))
+    _log_scale(axes, "FLOP/s")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(f"FLOPs of the attention core per byte of a {rows[0]['kv_bits']} bit cache", color=INK)
     axes.set_ylabel("attainable", color=INK)
@@ -176,8 +172,7 @@ def forms_against_queries(planned: Sequence[DecoderSizes], styles: Mapping[str, 
             crossed = next((place for place, (reused, anew) in pairs if anew < reused), None)
             if crossed is not None:
                 axes.plot(queries[crossed], recomputed[crossed], color=colour, **RING)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _si(value, "FLOP")))
+    _log_scale(axes, "FLOP")
     _tokens_axis(axes, queries)
     axes.set_xlabel("query tokens at once", color=INK)
     axes.set_ylabel("attention, per query token", color=INK)
@@ -226,6 +221,16 @@ def _tokens_axis(axes: Axes, counts: np.ndarray) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_tokens(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("context", color=INK)
+
+
+def _log_scale(axes: Axes, unit: str = "") -> None:
+    """A logarithmic y axis over two ticks at least."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high < 20 * low:
+        axes.set_ylim(low / 2, high * 2)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 1000 * low else (1, 3)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _si(value, unit)))
 
 
 def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:

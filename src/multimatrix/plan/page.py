@@ -70,7 +70,11 @@ def render(planned: Sequence[DecoderSizes], rows: Sequence[Row], question: Quest
         copied=bool(chips) and tables.copies(rows),
         forms=coloured(tables.form_table(first)),
         form_speeds=speeds and coloured(speeds),
-        searches=[(tables.search_title(row), coloured(tables.search_table(row))) for row in rows if "search" in row],
+        searches=[
+            (tables.search_title(row), coloured(tables.search_table(row)), tables.nothing_found(row))
+            for row in rows
+            if "search" in row
+        ],
         kv_bytes=inline(figures.kv_bytes_against_context(planned, styles, question.chips, question.kv_bits, longest)),
         roofline=inline(figures.roofline(first, styles, question.chips)),
         reuse=inline(figures.forms_against_queries(planned, styles, context)),

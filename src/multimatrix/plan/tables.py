@@ -248,6 +248,13 @@ def search_title(row: Row) -> str:
     return f"{row['model']} with {' and '.join(wanted)}, no more parameters"
 
 
+def nothing_found(row: Row) -> str:
+    """That a search found nothing, and the way out."""
+    if row["search"]["hardware"] is None:
+        return "no MFA or MFA-KR is that small; allow a larger share"
+    return "no MFA or MFA-KR fits; take more devices, fewer bits or a shorter context"
+
+
 def search_table(row: Row) -> Table:
     """What a search has found."""
     fast = row["search"]["hardware"] is not None
