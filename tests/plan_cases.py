@@ -72,6 +72,7 @@ PEERS: dict[str, tuple[str, Fields]] = {
     "qwen3_moe-every-other": ("qwen3_moe", QWEN3_MOE | {"decoder_sparse_step": 2}),
     "qwen3_moe-no-layer": ("qwen3_moe", QWEN3_MOE | {"decoder_sparse_step": 4}),
     "qwen3_moe-window": ("qwen3_moe", QWEN3_MOE | ON),
+    "gemma": ("gemma", WIDE | {"num_key_value_heads": 1, "attention_bias": True}),
     "gemma2": ("gemma2", GEMMA),
     "gemma2-untied": ("gemma2", GEMMA | {"tie_word_embeddings": False, "attention_bias": True}),
     "gemma3": ("gemma3_text", GEMMA),

@@ -29,6 +29,7 @@ for name in sys.argv[1:]:
         print(sizes.name, sizes.source, sizes.parameters)
     except InputError as error:
         print(error)
+assert "torch" not in sys.modules
 """
 
 
@@ -108,7 +109,8 @@ def test_what_lies_here_is_not_looked_up(monkeypatch, tmp_path):
     with pytest.raises(InputError, match=r"no config\.json"):
         from_place("someone/llama")
     write_config(folder, CONFIGS["llama"])
-    assert from_place("someone/llama").name == "llama"
+    for place in ("someone/llama", "someone/llama/config.json"):
+        assert from_place(place).name == "llama"
     for place in ("nowhere", "a/b/c", "/a", "./a", "../a", "~/a", "a b/c", "a/"):
         with pytest.raises(InputError, match="folder"):
             from_place(place)

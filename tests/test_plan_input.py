@@ -126,6 +126,7 @@ def test_a_file_that_is_no_json_is_refused(content, tmp_path):
 def test_a_folder_without_config(tmp_path):
     assert "no config.json" in multimatrix("plan", tmp_path).sentence
     assert "nowhere" in multimatrix("plan", tmp_path / "nowhere").sentence
+    assert "cannot be read" in multimatrix("plan", "x" * 5000).sentence
     (tmp_path / "config.json").mkdir()
     assert "no config.json" in multimatrix("plan", tmp_path).sentence
     write_config(tmp_path / "config.json", LLAMA)

@@ -101,6 +101,7 @@ FAMILIES: dict[str, Callable[[Fields], dict[str, Any]]] = {
     "qwen2_moe": published.qwen2_moe,
     "qwen3": published.qwen3,
     "qwen3_moe": published.qwen3_moe,
+    "gemma": published.gemma,
     "gemma2": published.gemma2,
     "gemma3_text": published.gemma3,
     "deepseek_v2": deepseek,

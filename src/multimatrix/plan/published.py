@@ -100,17 +100,24 @@ def _qwen3_other(fields: Fields, attention: Sizes) -> int:
     return biases + 2 * attention["head_dim"]  # norms of queries and keys
 
 
+def gemma(fields: Fields) -> Sizes:
+    fields.only("use_bidirectional_attention", False)
+    attention = attention_sizes(fields, divides=False)
+    other = projection_biases(fields, attention, output=True) if fields.flag("attention_bias") else 0
+    return uniform_layers(fields, attention, decoder_sizes(fields, tied=True), other)
+
+
 def gemma2(fields: Fields) -> Sizes:
-    return _gemma(fields, every=2, norms=False)
+    return _windowed_gemma(fields, every=2, norms=False)
 
 
 def gemma3(fields: Fields) -> Sizes:
     every = fields.count("sliding_window_pattern", default=fields.count("_sliding_window_pattern", default=6))
-    return _gemma(fields, every, norms=True)
+    return _windowed_gemma(fields, every, norms=True)
 
 
-def _gemma(fields: Fields, every: int, *, norms: bool) -> Sizes:
-    """Windows in all but every so-manieth layer; norms: of queries and keys."""
+def _windowed_gemma(fields: Fields, every: int, *, norms: bool) -> Sizes:
+    """Windows in every layer but each `every`-th; norms: of queries and keys, and Gemma 3's vocabulary."""
     fields.only("use_bidirectional_attention", False)
     attention = attention_sizes(fields, divides=False, heads=8, groups=4, head_dim=256)
     other = 2 * attention["head_dim"] if norms else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,9 +49,11 @@ def from_place(place: str) -> DecoderSizes:
     Raises:
         InputError: as `from_config` and `hub_config` have it.
     """
-    path = Path(place)
-    if path.exists() or not HUB_NAME.fullmatch(place):
-        return from_config(path)
+    if os.path.exists(place) or not HUB_NAME.fullmatch(place):
+        try:
+            return from_config(Path(place))
+        except OSError as error:  # a name that no file can have
+            raise InputError(f"{shown(place)} cannot be read: {error.strerror}; name a file or folder") from error
     return from_fields(read_object(hub_config(place)), name=place.partition("/")[2], source=place)
 
 
@@ -61,7 +64,9 @@ def from_config(place: Path) -> DecoderSizes:
         InputError: there is none, it is no JSON object, or as `from_fields` has it.
     """
     if place.is_file():
-        return from_fields(read_object(place), name=place.stem, source=str(place))
+        whole = place.resolve()
+        name = whole.parent.name if place.name == CONFIG else whole.stem
+        return from_fields(read_object(place), name=name, source=str(place))
     return from_fields(read_config(place), name=place.resolve().name, source=str(place))
 
 
