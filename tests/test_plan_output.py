@@ -330,6 +330,16 @@ def test_replacements_keep_what_they_say(name, variant):
     assert cached.parts()["attention"] == pytest.approx(sizes.parts()["attention"], rel=0.01)
 
 
+def test_a_replacement_has_no_fewer_devices_than_its_model():
+    question = Question(chips=tuple(find_hardware(["h20"])))
+    sizes = from_recipe("deepseek-v3")
+    other = replaced(sizes, "mfa_kr", "parameters")
+    devices = [question.served(one, question.chips[0], 8192).layout.devices for one in (sizes, other)]
+    assert devices[0] == devices[1]
+    alone = dataclasses.replace(other, instead_of=None)
+    assert question.served(alone, question.chips[0], 8192).layout.devices < devices[0]
+
+
 def test_given_sizes_of_a_replacement_are_kept():
     sizes = from_recipe("qwen3-32b")
     spec = replaced(sizes, "mfa", "parameters", fixed={"head_dim": 192, "query_rank": 1024}, multiple=8).specs[0]
@@ -517,7 +527,7 @@ def test_the_page_has_the_tables_of_the_terminal(page):
     assert len(made) > 30
     for cell in made:
         assert f" {cell} " in text
-    assert "on 8 devices" in text
+    assert "on 32 devices" in text
     assert "10 % of every device" in text
 
 

@@ -50,16 +50,17 @@ class Question:
         """On the fewest devices that hold so many sequences."""
         return least_layout(sizes, chip, batch, context, **self._settings)
 
-    def roomy(self, sizes: DecoderSizes, chip: Hardware, batch: int, context: int) -> Serving:
+    def roomy(self, sizes: DecoderSizes, chip: Hardware, batch: int, context: int, at_least: int = 1) -> Serving:
         """On the fewest that also have room for as much cache as weights; on one device where none does."""
-        found = least_layout(sizes, chip, batch, context, roomy=True, **self._settings)
+        found = least_layout(sizes, chip, batch, context, at_least=at_least, roomy=True, **self._settings)
         return found or self.serving(sizes, chip, Layout())
 
     def served(self, sizes: DecoderSizes, chip: Hardware, context: int) -> Serving:
-        """On the devices that are given, or on a fitting number of them."""
+        """On the devices that are given, or on a fitting number of them; a replacement has no fewer than its model."""
         if self.layout is not None:
             return self.serving(sizes, chip, self.layout)
-        return self.roomy(sizes, chip, max(self.batches), context)
+        least = self.served(sizes.instead_of, chip, context).layout.devices if sizes.instead_of else 1
+        return self.roomy(sizes, chip, max(self.batches), context, least)
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def answer(sizes: DecoderSizes, context: int, question: Question) -> dict[str, A
         "hardware": hardware,
     }
     if question.chips:
-        row["per_device"] = per_device_rows(sizes, context, question)
+        row["per_device"] = per_device_rows(sizes, context, question, hardware[0]["devices"])
     if question.searches:
         row["search"] = search_row(sizes, context, question)
     return row
@@ -168,16 +169,21 @@ def forms_on(sizes: DecoderSizes, context: int, kv_bits: int, chip: Hardware) ->
     return {f"{form}_faster_from": faster_from(form) for form in ("recomputed", "kept")}
 
 
-def per_device_rows(sizes: DecoderSizes, context: int, question: Question) -> list[dict[str, Any]]:
+def per_device_rows(
+    sizes: DecoderSizes, context: int, question: Question, serving_devices: int
+) -> list[dict[str, Any]]:
     """What a device holds under each kind of parallelism alone; kinds that cannot cut this model are left out.
 
-    There are as many devices as the question has, or else as many up to 8 as tensor parallelism can have. copies:
-    devices that hold the same cached element. kv_bytes_per_token: of a sequence, on a device that keeps it.
-    largest_batch: of all devices together, where they are the first of the question's.
+    There are as many devices as the question has, or else those that serve the model, 8 at the least, and half of them
+    or less where tensor parallelism cannot have so many. copies: devices that hold the same cached element.
+    kv_bytes_per_token: of a sequence, on a device that keeps it. largest_batch: of all devices together, where they are
+    the first of the question's.
     """
     devices = question.layout.devices if question.layout else 1
     if devices == 1:
-        devices = next((ways for ways in (8, 4, 2) if cuts(sizes, Layout(tensor=ways))), 8)
+        most = max(8, serving_devices)
+        halves = (most >> place for place in range(most.bit_length() - 1))
+        devices = next((ways for ways in halves if cuts(sizes, Layout(tensor=ways))), most)
     rows = []
     for kind in ("tensor", "attention_data", "data"):
         layout = Layout(**{kind: devices})
@@ -185,8 +191,8 @@ def per_device_rows(sizes: DecoderSizes, context: int, question: Question) -> li
             continue
         serving = question.serving(sizes, question.chips[0], layout)
         share = sum(
-            kind.count * kind.share * kv_bytes_per_token(kind.layer.specs, question.kv_bits)
-            for kind in kinds(sizes, layout)
+            alike.count * alike.share * kv_bytes_per_token(alike.layer.specs, question.kv_bits)
+            for alike in kinds(sizes, layout)
         )
         rows.append(
             {

@@ -236,7 +236,9 @@ def _log_scale(axes: Axes, unit: str = "") -> None:
 def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     """Names below the axes."""
     longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = next((columns for columns, room in ((3, 22), (2, 34)) if longest <= room), 1)
+    columns = next((columns for columns, room in ((3, 22), (2, 38)) if longest <= room), 1)
+    lines = -(-len(handles) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.19 * max(0, lines - 2))  # inches that would be taken from the axes
     legend = figure.legend(handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=9.5)
     for text in legend.get_texts():
         text.set(color=INK, parse_math=False)

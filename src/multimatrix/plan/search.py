@@ -45,6 +45,7 @@ def replaced(
     return dataclasses.replace(
         sizes,
         name=f"{sizes.name} with {variant}{ending}",
+        instead_of=sizes,
         specs=tuple(specs[spec] for spec in sizes.specs),
     )
 

@@ -241,15 +241,22 @@ def prompt_flops(sizes: DecoderSizes, context: int) -> int:
 
 
 def least_layout(
-    sizes: DecoderSizes, chip: Hardware, batch: int, context: int, *, roomy: bool = False, **settings: Any
+    sizes: DecoderSizes,
+    chip: Hardware,
+    batch: int,
+    context: int,
+    *,
+    at_least: int = 1,
+    roomy: bool = False,
+    **settings: Any,
 ) -> Serving | None:
     """The serving with the fewest devices, a power of two, on which so many sequences fit; None where none does.
 
-    roomy: only such as have at least as much memory for the cache as for the weights.
+    at_least: devices, a power of two. roomy: only such as have at least as much memory for the cache as for weights.
     Of the cuts of that many devices into tensor and attention-data parallelism the one with the largest batch is
     taken, of equals the one with more tensor parallelism.
     """
-    devices = 1
+    devices = at_least
     while devices <= MOST_DEVICES:
         found = [
             serving
