@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from cases import CASES
+from multimatrix.attention import make_spec
 from multimatrix.attention.module import Attention
 from multimatrix.errors import InputError
 from multimatrix.plan.answer import Question, answer
@@ -195,3 +196,26 @@ def test_devices_share_the_work():
     assert eight["core"].memory == one["core"].memory  # its one key head is read by every device
     spread = Serving(mfa, CHIP, Layout(attention_data=8)).step(16, 8192)
     assert spread["core"].memory == pytest.approx(one["core"].memory / 8)
+
+
+def test_copies_of_the_model_share_the_batch():
+    sizes = from_recipe("qwen3-235b-a22b")
+    two, half = Serving(sizes, CHIP, Layout(data=2)).step(15, 8192), Serving(sizes, CHIP, Layout()).step(8, 8192)
+    assert two == half
+
+
+def test_copied_key_heads_bring_their_weights():
+    spec = from_recipe("qwen3-235b-a22b").specs[0]  # 64 heads of 128 over 4 key heads
+    queries, keys = 4096 * 64 * 128, 4096 * 4 * 128
+    assert attention_share(spec, Layout(tensor=2)) == queries + keys
+    assert attention_share(spec, Layout(tensor=8)) == queries // 4 + keys // 2  # a quarter of keys and of values
+
+
+def test_the_value_map_of_mfa_kr_is_cut_by_heads():
+    spec = make_spec(512, {"variant": "mfa_kr", "num_heads": 8, "head_dim": 64, "query_rank": 64})
+    one, four = (Serving(one_attention(spec), CHIP, Layout(tensor=ways)) for ways in (1, 4))
+    replicated = 64 * 512 + 64 * 512 + 64 * 64  # down to the query latent, the key, and one use of the map
+    cut = 8 * 64 * 64 + 8 * 64 * 512 + 7 * 64 * 64  # up to the heads, the output, and the map of the other heads
+    for serving, ways in ((one, 1), (four, 4)):
+        flops = serving.step(1, 100)["linear"].arithmetic * 3e14
+        assert flops == pytest.approx(2 * 3 * (replicated + cut / ways))
