@@ -19,6 +19,6 @@ def short_tokens(count: float) -> str:
     return f"{count:,.0f}"
 
 
-def number(value: float | None, digits: int = 0) -> str:
-    """`1,234.50`, a dash for None."""
-    return "–" if value is None else f"{value:,.{digits}f}"
+def number(value: float | None, digits: int = 0, sign: bool = False) -> str:
+    """`1,234` or `1.4321`, with `sign` also `+0.0213`; a dash for None."""
+    return "–" if value is None else f"{value:{'+' if sign else ''},.{digits}f}"

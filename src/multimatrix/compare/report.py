@@ -21,6 +21,7 @@ from multimatrix.compare import figures
 from multimatrix.files import write_text
 from multimatrix.pages.drawing import display_name, format_bytes, inline, style_of
 from multimatrix.pages.frame import page_template
+from multimatrix.words import number
 
 Row = dict[str, Any]
 
@@ -42,11 +43,6 @@ class Column(NamedTuple):
     cell: Callable[[Row], Cell | str]
     terminal: bool = True
     needs: str | None = None
-
-
-def number(value: float | None, digits: int = 0, sign: bool = False) -> str:
-    """`1,234` or `1.4321`, with `sign` also `+0.0213`; a dash for None."""
-    return "–" if value is None else f"{value:{'+' if sign else ''},.{digits}f}"
 
 
 def percent(fraction: float | None, digits: int = 1, sign: bool = False) -> str:
