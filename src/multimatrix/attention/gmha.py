@@ -306,6 +306,16 @@ class AttentionSpec(ABC):
         return 0
 
     @property
+    def expansion_products(self) -> int:
+        """Multiply-adds of `expand` for one cached token; a part of `linear_products`."""
+        return 0
+
+    @property
+    def expanded_elements(self) -> int:
+        """Elements per token and layer that `expand` makes, or the cache's own where there is nothing to expand."""
+        return self.cache.elements
+
+    @property
     def linear_products(self) -> int:
         """Multiply-adds of the linear maps per token: one use of every linear weight."""
         return sum(weight.elements for weight in self.weights if weight.kind == "linear")

@@ -110,6 +110,14 @@ class MLASpec(AttentionSpec):
     def has_expanded_form(self) -> bool:
         return True
 
+    @property
+    def expansion_products(self) -> int:
+        return self.latent_dim * self.num_heads * (self.head_dim + self.value_dim)  # kv_b_proj
+
+    @property
+    def expanded_elements(self) -> int:
+        return self.num_heads * sum(self.head_dims)
+
     def project(self, w: Attention, x: Tensor, rope: Rotation) -> tuple[Tensor, tuple[Tensor, ...]]:
         import torch  # here and below, so that specs can be read without torch
 

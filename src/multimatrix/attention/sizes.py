@@ -49,14 +49,8 @@ def specs_from_labels(
             f"heads of {head_dim} do not fill a hidden_size of {hidden_size}; head_dim must divide it, the nearest "
             f"that does: {nearest}"
         )
-    changes: dict[str, dict[str, Any]] = {label: {} for label in labels}
-    for override in overrides:
-        label, field, value = _parse_override(override)
-        if label not in changes:
-            raise InputError(f"{override!r} sets a size of {label!r}, which is not among {', '.join(labels)}")
-        changes[label][field] = value
     specs = {}
-    for label, changed in changes.items():
+    for label, changed in sizes_by_label(overrides, labels).items():
         cls = spec_class(label.partition("@")[0])
         if "variant" in changed:
             raise InputError(f"{label} has no size 'variant'; choose the variant where variants are listed")
@@ -64,6 +58,21 @@ def specs_from_labels(
         usual = cls.sized(hidden_size, head_dim, **options | shared)
         specs[label] = make_spec(hidden_size, usual.to_dict() | changed)
     return specs
+
+
+def sizes_by_label(overrides: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`mfa.num_heads=18` -> {"mfa": {"num_heads": 18}, ...}, with an entry for every label.
+
+    Raises:
+        InputError: one of `overrides` cannot be read or names none of `labels`.
+    """
+    changes: dict[str, dict[str, Any]] = {label: {} for label in labels}
+    for override in overrides:
+        label, field, value = _parse_override(override)
+        if label not in changes:
+            raise InputError(f"{override!r} sets a size of {label!r}, which is not among {', '.join(labels)}")
+        changes[label][field] = value
+    return changes
 
 
 def _parse_override(text: str) -> tuple[str, str, Any]:

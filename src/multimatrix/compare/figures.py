@@ -1,43 +1,35 @@
 """The two figures of a comparison: loss against training tokens, and loss against bytes of KV cache.
 
-Both are drawn with matplotlib's object-oriented interface; no global state is touched. Everything that is not
-data is drawn in `INK`, which the report replaces by the colour of its text, so that figures follow the theme.
+How they look is in `pages.drawing`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import zlib
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator
 from matplotlib.transforms import Bbox
-from scipy.optimize import isotonic_regression
 
 from multimatrix.files import write_text
-
-INK = "#24292f"
-LABEL: dict[str, Any] = {"fontsize": 9.5, "color": INK, "parse_math": False}
-
-# Okabe and Ito's colours, which stay apart under the common colour deficiencies.
-STYLES = {
-    "mha": ("#7a7f87", "o"),
-    "gqa": ("#0072b2", "s"),
-    "mqa": ("#56b4e9", "^"),
-    "mla": ("#009e73", "D"),
-    "mfa": ("#d55e00", "v"),
-    "mfa_kr": ("#e69f00", "P"),
-}
-OTHER_COLOURS = ("#cc79a7", "#aa3377", "#999933", "#7b6fd0", "#8c564b", "#44aa99", "#b8336a")
-OTHER_MARKERS = ("X", "<", ">", "p", "h", "*")
+from multimatrix.pages.drawing import (
+    INK,
+    LABEL,
+    End,
+    display_name,
+    dress,
+    empty,
+    format_bytes,
+    label_ends,
+    style_of,
+    to_svg,
+)
 
 
 class Point(NamedTuple):
@@ -61,31 +53,6 @@ class Curve:
     high: np.ndarray
 
 
-def style_of(variant: str) -> tuple[str, str]:
-    """Colour and marker of a variant. They depend on the name alone: the same in every figure and run."""
-    if variant in STYLES:
-        return STYLES[variant]
-    code = zlib.crc32(variant.encode())
-    colour = OTHER_COLOURS[code % len(OTHER_COLOURS)]
-    return colour, OTHER_MARKERS[code // len(OTHER_COLOURS) % len(OTHER_MARKERS)]
-
-
-def display_name(variant: str) -> str:
-    """The name as papers print it: `mfa_kr` becomes MFA-KR, `mfa_kr@tied` MFA-KR@tied."""
-    name, at, tag = variant.partition("@")
-    return name.upper().replace("_", "-") + at + tag
-
-
-def format_bytes(count: float | None) -> str:
-    """`512 B`, `6.75 KiB`, `1.5 GiB`: binary units, at most two decimals, a dash for None."""
-    if count is None:
-        return "–"
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while abs(size) >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.2f}".rstrip("0").rstrip(".") + f" {units[0]}"
-
-
 def loss_against_tokens(results: dict[str, Any], directory: Path) -> Figure:
     """Validation and smoothed training loss against tokens: mean over seeds, band from lowest to highest.
 
@@ -103,11 +70,11 @@ def loss_against_tokens(results: dict[str, Any], directory: Path) -> Figure:
         if curves
     ]
     if not panels:
-        return _empty("no metrics have been written yet")
+        return empty("no metrics have been written yet")
     figure = Figure(figsize=(7, 3 * len(panels) + 0.5), layout="constrained")
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (label, curves) in zip(grid, panels, strict=True):
-        _dress(axes)
+        dress(axes)
         axes.set_ylabel(label, color=INK)
         for name, curve in curves.items():
             colour, marker = style_of(name)
@@ -130,10 +97,10 @@ def loss_against_kv_bytes(results: dict[str, Any]) -> Figure:
     """
     points = [point for row in results.get("rows") or [] if (point := _point(row))]
     if not points:
-        return _empty("no variant has a validation loss yet")
+        return empty("no variant has a validation loss yet")
     figure = Figure(figsize=(7, 4.3), layout="constrained")
     axes = figure.subplots()
-    _dress(axes)
+    dress(axes)
     baseline = results.get("baseline")
     for point in points:
         colour, marker = style_of(point.variant)
@@ -154,15 +121,6 @@ def loss_against_kv_bytes(results: dict[str, Any]) -> Figure:
     axes.set_title(_caption(results, points), loc="left", fontsize=8.5, color=INK)
     _label_points(figure, axes, points)
     return figure
-
-
-def to_svg(figure: Figure, transparent: bool = False) -> str:
-    """The figure as SVG text without dates or random identifiers: the same data give the same text."""
-    buffer = StringIO()
-    with rc_context({"svg.fonttype": "path", "svg.hashsalt": "multimatrix"}):
-        nothing = dict.fromkeys(["Creator", "Date", "Format", "Type"])
-        figure.savefig(buffer, format="svg", transparent=transparent, metadata=nothing)
-    return buffer.getvalue()
 
 
 def save_figures(results: dict[str, Any], directory: Path) -> dict[str, Path]:
@@ -244,26 +202,14 @@ def _cut_the_start(axes: Axes, curves: dict[str, Curve]) -> bool:
 
 
 def _label_ends(axes: Axes, curves: dict[str, Curve]) -> None:
-    """Name and last value to the right of each line, moved apart as little as it takes not to overlap."""
-    ordered = sorted(curves, key=lambda name: curves[name].mean[-1])
-    bottom, top = axes.get_ylim()
+    """Name and last value to the right of each line."""
     end = max(curve.tokens[-1] for curve in curves.values())
-    ends = np.array([(curves[name].mean[-1] - bottom) / (top - bottom) for name in ordered])
-    steps = min(0.08, 1 / len(ordered)) * np.arange(len(ordered))  # of the axes' height
-    heights = np.clip(isotonic_regression(ends - steps).x, 0, 1 - steps[-1]) + steps
-    for name, y in zip(ordered, heights, strict=True):
-        x, loss = curves[name].tokens[-1], curves[name].mean[-1]
-        leader = {"arrowstyle": "-", "linestyle": ":", "color": style_of(name)[0], "relpos": (0, 0.5)}
-        axes.annotate(
-            f"{display_name(name)} {loss:.3f}" + (" (stopped)" if x < 0.99 * end else ""),
-            (x, loss),
-            (1.03, y),
-            textcoords="axes fraction",
-            arrowprops={**leader, "shrinkA": 0, "shrinkB": 2},
-            va="center",
-            annotation_clip=False,
-            **LABEL,
-        )
+    ends = []
+    for name, curve in curves.items():
+        x, loss = curve.tokens[-1], curve.mean[-1]
+        text = f"{display_name(name)} {loss:.3f}" + (" (stopped)" if x < 0.99 * end else "")
+        ends.append(End(text, x, loss, style_of(name)[0]))
+    label_ends(axes, ends)
 
 
 def _point(row: dict[str, Any]) -> Point | None:
@@ -330,19 +276,3 @@ def _hindrances(box: Bbox, frame: Bbox, taken: list[Bbox]) -> int:
     """How many of the places taken `box` overlaps; leaving the frame is worse than any."""
     inside = frame.contains(*box.min) and frame.contains(*box.max)
     return box.count_overlaps(taken) + (0 if inside else 1000)
-
-
-def _dress(axes: Axes) -> None:
-    """Two quiet axis lines and a faint grid."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def _empty(text: str) -> Figure:
-    """A figure that says why there is nothing to see."""
-    figure = Figure(figsize=(7, 1.6))
-    figure.text(0.5, 0.5, text, ha="center", va="center", color=INK)
-    return figure

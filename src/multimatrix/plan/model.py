@@ -40,6 +40,7 @@ class DecoderSizes:
     other_parameters: learned numbers that our decoder has no place for, such as biases and norms of queries and keys;
     idle_parameters: those of them that belong to experts which a token does not take. unread_fields: of a config.json,
     what was not read and may change what is counted; notes: what else a reader of the numbers has to know.
+    instead_of: the model that this one is to be compared with, where it is that model with another attention.
 
     Raises:
         InputError: a size is no whole number of at least 1, or the experts name a layer that is not there.
@@ -59,6 +60,7 @@ class DecoderSizes:
     windows: tuple[int | None, ...] = ()
     unread_fields: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    instead_of: DecoderSizes | None = None
 
     def __post_init__(self) -> None:
         if not self.specs:
