@@ -169,6 +169,8 @@ def test_a_fixed_number_of_splits_does_not_depend_on_the_batch(case):
     for b in range(case.B):
         row = [tensor[b : b + 1] for tensor in call.arguments]
         options = call.options | {"lengths": call.options["lengths"][b : b + 1], "num_splits": 7}
+        if case.fp8:
+            options["scales"] = tuple(scale[b : b + 1] for scale in options["scales"])
         alone, lse_alone = decode_attention(*row, **options)
         assert torch.equal(alone[0], o[b])
         assert torch.equal(lse_alone[0], lse[b])
@@ -185,7 +187,8 @@ def test_a_captured_call_is_replayed_with_lengths_that_grow(case, page):
         o, lse = decode_attention(*call.arguments, **call.options)
     for lengths in ((0, 1, 2), (1, 64, 65), (4000, 4097, 8192)):
         fresh = make_call(replace(case, lengths=lengths), DEVICE)
-        for tensor, new in zip(call.arguments, fresh.arguments, strict=True):
+        changed = [*call.arguments, *call.options.get("scales", ())]
+        for tensor, new in zip(changed, [*fresh.arguments, *fresh.options.get("scales", ())], strict=True):
             tensor.copy_(new)
         for name in ("lengths", "block_table"):
             if name in call.options:

@@ -147,7 +147,7 @@ def make_plan(
     dot: str,
     query: str,
 ) -> Plan:
-    """The plan for these sizes; the numbers were measured, see results/decode-h100.md.
+    """The plan for these sizes; the numbers were measured, see results/decode-h200.md.
 
     dim, value_width: of the tensors in the cache, the second 0 where there is one tensor. rows: query heads of a key
     head times new tokens. itemsize: bytes of a cached element. dot: dtype of the matrix products. query: of the query.
