@@ -17,10 +17,13 @@ from multimatrix.compare.progress import Progress
 from multimatrix.compare.run import Prepared, prepare, run_comparison
 from multimatrix.environment import command_line
 from multimatrix.errors import InputError
+from multimatrix.train.protocol import STOPPED, RunStopped
 
 
 def run_command(preset: str | None, settings: dict[str, Any], out: str, *, dry_run: bool) -> int:
-    """Run a comparison and print its table; 0 if every run is done, 1 if any failed, 130 if interrupted.
+    """Run a comparison and print its table.
+
+    0 if every run is done, 1 if any failed, 75 after SIGTERM, 130 after Ctrl-C.
 
     Raises:
         InputError: something the user can mend.
@@ -41,6 +44,9 @@ def run_command(preset: str | None, settings: dict[str, Any], out: str, *, dry_r
     except KeyboardInterrupt:
         progress.say(f"interrupted; what was finished is in {directory}, and the same command goes on from there")
         return 130
+    except RunStopped as stopped:
+        progress.say(f"{stopped}; the same command goes on from there")
+        return STOPPED
     except OSError as error:
         where = error.filename or directory
         raise InputError(
