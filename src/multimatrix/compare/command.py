@@ -41,12 +41,12 @@ def run_command(preset: str | None, settings: dict[str, Any], out: str, *, dry_r
     directory = Path(out)
     try:
         results = run_comparison(prepared, directory, command=command_line(), say=progress.say, show=progress.show)
-    except KeyboardInterrupt:
-        progress.say(f"interrupted; what was finished is in {directory}, and the same command goes on from there")
-        return 130
     except RunStopped as stopped:
         progress.say(f"{stopped}; the same command goes on from there")
         return STOPPED
+    except KeyboardInterrupt:
+        progress.say(f"interrupted; what was finished is in {directory}, and the same command goes on from there")
+        return 130
     except OSError as error:
         where = error.filename or directory
         raise InputError(

@@ -25,7 +25,7 @@ from multimatrix.evaluate.measure import counted_kv_bytes_per_token, decode_toke
 from multimatrix.files import write_json
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.train.folder import check_free, read_ours, refuse_difference
-from multimatrix.train.protocol import Protocol, RunFailed, RunStopped
+from multimatrix.train.protocol import Protocol, RunFailed
 from multimatrix.train.run import train
 
 # What result.json holds of a run beside its identity and environment.
@@ -133,7 +133,7 @@ def run_comparison(
     Raises:
         InputError: `out` holds a comparison of another configuration, or something that is not ours.
         OSError: `out` cannot be written, for example because the disk is full; finished runs are as they were.
-        KeyboardInterrupt, RunStopped: the results of what was finished are written first.
+        KeyboardInterrupt: the results of what was finished are written first; RunStopped after SIGTERM.
     """
     settings = _claim(out, prepared)
     runs = [
@@ -166,7 +166,7 @@ def run_comparison(
             except (RunFailed, torch.OutOfMemoryError) as error:
                 failures[run.name] = one_line(error)
                 say(f"{run.name} failed: {failures[run.name]}")
-    except (KeyboardInterrupt, RunStopped):
+    except KeyboardInterrupt:  # RunStopped too
         for run in runs:  # it may have come between a result and the line that notes it
             if (result := run.finished()) is not None:
                 results[run.name] = result

@@ -17,8 +17,8 @@ class RunFailed(RuntimeError):
     """The run cannot go on; the message says at which step and why."""
 
 
-class RunStopped(Exception):
-    """The run was asked to stop, and did after a checkpoint; the message says at which step."""
+class RunStopped(KeyboardInterrupt):
+    """SIGTERM asked the run to stop, and it did after a checkpoint; the message says at which step."""
 
 
 @dataclass(frozen=True, kw_only=True)
