@@ -18,7 +18,7 @@ from multimatrix.compare import figures, report
 from multimatrix.compare.configuration import Comparison
 from multimatrix.compare.matching import Candidate, match
 from multimatrix.compare.results import gather_results
-from multimatrix.data import PackedText, PreparedText, prepare_text
+from multimatrix.data import PackedText, PreparedText
 from multimatrix.environment import environment
 from multimatrix.errors import InputError, one_line
 from multimatrix.evaluate.measure import counted_kv_bytes_per_token, decode_tokens_per_second
@@ -106,14 +106,7 @@ def prepare(comparison: Comparison, *, say: Callable[[str], None]) -> Prepared:
     # Sizes first: they fail in a blink, and reading a corpus may take minutes.
     match(comparison, vocab_size=257)
     say("reading the text")
-    source = prepare_text(
-        comparison.data,
-        comparison.tokenizer,
-        context=comparison.context,
-        batch_size=comparison.batch_size,
-        validation_fraction=comparison.validation_fraction,
-        validation_tokens=comparison.validation_tokens,
-    )
+    source = comparison.prepare_text(say)
     candidates = match(comparison, source.text.vocab_size)
     return Prepared(comparison, candidates, comparison.protocol(device.type), device, source)
 
