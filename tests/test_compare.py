@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 from command import Done, multimatrix
 from multimatrix.compare import figures
 from multimatrix.compare import run as compare_run
+from multimatrix.compare.configuration import Comparison
 from multimatrix.compare.progress import Progress
 from multimatrix.compare.results import loss_columns
 from multimatrix.compare.statistics import judge, summary
@@ -290,7 +291,8 @@ def test_the_same_seed_gives_the_same_losses(finished, compare, tmp_path):
     assert compare(tmp_path / "again", *TWO_RUNS).status == 0
 
     def without_speed(rows: list[dict]) -> list[dict]:
-        return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
+        measured = ("tokens_per_second", "seconds_left", "memory_bytes")
+        return [{key: value for key, value in row.items() if key not in measured} for row in rows]
 
     for name in ("mha-seed0", "mfa_kr-seed0"):
         assert without_speed(metrics(tmp_path / "again", name)) == without_speed(metrics(out, name))
@@ -344,7 +346,7 @@ def test_every_step_is_a_whole_batch(compare, tmp_path, monkeypatch):
     assert done.status == 0, done.err
     results = read(tmp_path / "out" / "results.json")
     assert shapes == [(30, 128)] * STEPS
-    assert results["corpus"]["train_tokens"] % (30 * 128) == 0
+    assert results["corpus"]["train_tokens"] % (30 * 128) != 0
     assert results["corpus"]["train_tokens"] < STEPS * 30 * 128
 
 
@@ -571,6 +573,49 @@ def test_an_interrupt_keeps_what_is_done_and_resumes(compare, tmp_path, monkeypa
     assert set(statuses(out).values()) == {"done"}
 
 
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_a_run_in_its_middle_goes_on_from_its_checkpoint(finished, compare, tmp_path, monkeypatch, how):
+    """And ends as it would have; with SIGTERM the checkpoint is one step old at most."""
+    out, name = tmp_path / "out", "mfa_kr-seed0"
+    train = train_run.train
+
+    def stopped(*args, directory, on_step, **words):
+        def stop(row):
+            on_step(row)
+            if row["step"] == 4 and directory.name == name and how == "SIGTERM":
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif row["step"] == 4 and directory.name == name:
+                raise KeyboardInterrupt
+
+        return train(*args, directory=directory, on_step=stop, **words)
+
+    words = [*TWO_RUNS, "--checkpoint-interval", 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_run, "train", stopped)
+        done = compare(out, *words)
+    assert done.status == (75 if how == "SIGTERM" else 130)
+    assert statuses(out) == {"mha-seed0": "done", name: "missing"}
+    assert not (out / "runs" / "mha-seed0" / "checkpoints").exists()
+    again = compare(out, *words)
+    assert again.status == 0, again.err
+    assert f"{name}: continuing from the checkpoint of step {5 if how == 'SIGTERM' else 3}" in again.err
+    weights = (folder / "runs" / name / "model" / "model.safetensors" for folder in (out, finished[0]))
+    assert next(weights).read_bytes() == next(weights).read_bytes()
+    assert [row.get("loss") for row in metrics(out, name)] == [row.get("loss") for row in metrics(finished[0], name)]
+    assert not (out / "runs" / name / "checkpoints").exists()
+
+
+def test_checkpoints_of_other_sizes_are_refused(compare, tmp_path, monkeypatch):
+    """Sizes may be added to a comparison, but not to a run that has begun."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        fail_in_run(patch, "mfa_kr-seed0", KeyboardInterrupt())
+        compare(out, *TWO_RUNS)
+    done = compare(out, *TWO_RUNS, "--set", "mfa_kr.num_heads=3")
+    assert "num_heads = " in done.sentence
+    assert "and this run has" in done.sentence
+
+
 def test_an_interrupt_before_anything_is_done(compare, tmp_path, monkeypatch):
     out = tmp_path / "out"
     fail_in_run(monkeypatch, "mha-seed0", KeyboardInterrupt(), step=1)
@@ -583,7 +628,7 @@ def test_an_interrupt_while_the_text_is_read(compare, tmp_path, monkeypatch):
     def interrupt(*args, **words):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare_run, "load_corpus", interrupt)
+    monkeypatch.setattr(Comparison, "prepare_text", interrupt)
     done = compare(tmp_path / "out", *TWO_RUNS)
     assert done.status == 130
     assert "Traceback" not in done.err
@@ -684,7 +729,8 @@ def test_a_full_disk_keeps_what_is_done_and_resumes(compare, tmp_path, monkeypat
     assert read(first / "result.json")["identity"]["variant"] == "mha"
     assert MultimatrixForCausalLM.from_pretrained(first / "model").num_parameters() > 0
     assert (second / "result.json").exists() == (fill is full_while_writing_the_report)
-    assert not list(out.rglob(".*")), "half-written files are left"
+    hidden = {path.name for path in out.rglob(".*")} - {".metadata"}  # that is in every checkpoint
+    assert not hidden, "half-written files are left"
 
     again = compare(out, *TWO_RUNS)
     assert again.status == 0
@@ -696,17 +742,17 @@ def test_a_disk_that_is_really_full(compare, text, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
-    # Room for about one and a half runs.
+    # Room for one run and its checkpoint, and not for a second beside it.
     mounted = (
         mount
         and not subprocess.run(
-            [mount, "-t", "tmpfs", "-o", "size=320k", "tmpfs", disk], capture_output=True, check=False
+            [mount, "-t", "tmpfs", "-o", "size=950k", "tmpfs", disk], capture_output=True, check=False
         ).returncode
     )
     if not mounted:
         pytest.skip("mounting a small disk needs the rights of root")
     try:
-        done = compare(disk / "out", *TWO_RUNS)
+        done = compare(disk / "out", *TWO_RUNS, "--checkpoint-interval", 9)
         assert f"cannot write {disk / 'out'}" in done.sentence
         assert "No space left on device; finished runs are kept" in done.sentence
         first = disk / "out" / "runs" / "mha-seed0"
@@ -714,10 +760,10 @@ def test_a_disk_that_is_really_full(compare, text, tmp_path):
         assert MultimatrixForCausalLM.from_pretrained(first / "model").num_parameters() > 0
         assert not (disk / "out" / "runs" / "mfa_kr-seed0" / "result.json").exists()
         before = snapshot(first)
-        assert "No space left on device" in compare(disk / "out", *TWO_RUNS).sentence
+        assert "No space left on device" in compare(disk / "out", *TWO_RUNS, "--checkpoint-interval", 9).sentence
         assert snapshot(first) == before
         subprocess.run([mount, "-o", "remount,size=16m", disk], check=True)
-        done = compare(disk / "out", *TWO_RUNS)
+        done = compare(disk / "out", *TWO_RUNS, "--checkpoint-interval", 9)
         assert done.status == 0
         assert "1 of 2 runs are done already" in done.err
         assert snapshot(first) == before
@@ -726,8 +772,12 @@ def test_a_disk_that_is_really_full(compare, text, tmp_path):
 
 
 def test_a_folder_that_cannot_be_made(compare, monkeypatch, tmp_path):
-    def refuse(*args, **words):
-        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "out"))
+    mkdir = Path.mkdir
+
+    def refuse(self, *args, **words):
+        if self.is_relative_to(tmp_path / "out"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "out"))
+        mkdir(self, *args, **words)
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert f"cannot write {tmp_path / 'out'}: Permission denied" in compare(tmp_path / "out", *TWO_RUNS).sentence

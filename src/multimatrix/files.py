@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from multimatrix.errors import InputError, one_line
 
 CONFIG = "config.json"
+CHUNK = 1 << 24
 
 
 def write_text(path: Path, text: str) -> None:
@@ -38,6 +40,24 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of `value` as indented JSON, keys in the order given."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Have the system put a file, or the names in a folder, on the disk before anything goes on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checksum(path: Path) -> dict[str, int]:
+    """Length and checksum of a file."""
+    found = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            found = zlib.crc32(chunk, found)
+        return {"bytes": file.tell(), "crc32": found}
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
 import transformers
 from rich.console import Console, JustifyMethod
 from rich.table import Table
@@ -17,16 +16,18 @@ from multimatrix.compare.progress import Progress
 from multimatrix.compare.run import Prepared, prepare, run_comparison
 from multimatrix.environment import command_line
 from multimatrix.errors import InputError
+from multimatrix.train.protocol import STOPPED, RunStopped
 
 
 def run_command(preset: str | None, settings: dict[str, Any], out: str, *, dry_run: bool) -> int:
-    """Run a comparison and print its table; 0 if every run is done, 1 if any failed, 130 if interrupted.
+    """Run a comparison and print its table.
+
+    0 if every run is done, 1 if any failed, 75 after SIGTERM, 130 after Ctrl-C.
 
     Raises:
         InputError: something the user can mend.
     """
-    for library in (transformers.utils.logging, datasets.utils.logging):
-        library.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     comparison = make_comparison(preset, settings)
     console = Console()
@@ -38,6 +39,9 @@ def run_command(preset: str | None, settings: dict[str, Any], out: str, *, dry_r
     directory = Path(out)
     try:
         results = run_comparison(prepared, directory, command=command_line(), say=progress.say, show=progress.show)
+    except RunStopped as stopped:
+        progress.say(f"{stopped}; the same command goes on from there")
+        return STOPPED
     except KeyboardInterrupt:
         progress.say(f"interrupted; what was finished is in {directory}, and the same command goes on from there")
         return 130

@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from multimatrix.compare.run import Run
+from multimatrix.train.progress import row_text
 
 
 class Progress:
@@ -30,12 +31,7 @@ class Progress:
             shown = {key: f"{row[key]:.3f}" for key in ("loss", "validation_loss") if key in row}
             self._bar.set_postfix(shown)
         else:
-            text = ", ".join(
-                f"{key.replace('_', ' ')} {row[key]:.4g}"
-                for key in ("loss", "validation_loss", "learning_rate", "tokens_per_second")
-                if key in row
-            )
-            print(f"{run.name} step {row['step']}/{self.steps}: {text}", file=sys.stderr, flush=True)
+            print(f"{run.name} {row_text(row, self.steps)}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """A line between the bars."""

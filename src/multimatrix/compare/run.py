@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from multimatrix.compare import figures, report
 from multimatrix.compare.configuration import Comparison
 from multimatrix.compare.matching import Candidate, match
 from multimatrix.compare.results import gather_results
-from multimatrix.data import Corpus, PackedText, load_corpus, load_tokenizer, pack
+from multimatrix.data import PackedText, PreparedText
 from multimatrix.environment import environment
 from multimatrix.errors import InputError, one_line
-from multimatrix.evaluate.measure import PeakMemory, counted_kv_bytes_per_token, decode_tokens_per_second
-from multimatrix.files import write_json, writing
+from multimatrix.evaluate.measure import counted_kv_bytes_per_token, decode_tokens_per_second
+from multimatrix.files import write_json
 from multimatrix.model.configuration import MultimatrixConfig
-from multimatrix.train.run import Protocol, RunFailed, train
+from multimatrix.train.folder import check_free, read_ours, refuse_difference
+from multimatrix.train.protocol import Protocol, RunFailed
+from multimatrix.train.run import train
 
 # What result.json holds of a run beside its identity and environment.
 MEASURED = (
@@ -44,23 +47,19 @@ class Prepared:
     candidates: list[Candidate]
     protocol: Protocol
     device: torch.device
-    corpus: Corpus
-    tokenizer: PreTrainedTokenizerFast
-    text: PackedText
+    source: PreparedText
+
+    @property
+    def text(self) -> PackedText:
+        return self.source.text
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return self.source.tokenizer
 
     def corpus_facts(self) -> dict[str, Any]:
         """What the models read; the hash is over the documents."""
-        return {
-            "name": self.corpus.name,
-            "sha256": self.corpus.sha256,
-            "documents": len(self.corpus.train) + len(self.corpus.validation),
-            "duplicates_dropped": self.corpus.duplicates,
-            "tokenizer": self.comparison.tokenizer,
-            "vocab_size": self.text.vocab_size,
-            "bytes_per_token": round(self.text.validation_bytes_per_token, 4),
-            "train_tokens": int(self.text.train.size),
-            "validation_tokens": int(self.text.validation.size),
-        }
+        return self.source.facts
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,10 @@ class Run:
     def name(self) -> str:
         return f"{self.candidate.label}-seed{self.seed}"
 
+    def drop_checkpoints(self) -> None:
+        """A finished run needs none."""
+        shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)
+
     def finished(self) -> dict[str, Any] | None:
         """The stored result, or None where the run is not done.
 
@@ -86,8 +89,8 @@ class Run:
         path = self.directory / "result.json"
         if not path.is_file():
             return None
-        stored = _read_ours(path, ("identity", *MEASURED), "delete it to train that run again")
-        _refuse_difference(self.directory, stored["identity"], self.identity)
+        stored = read_ours(path, ("identity", *MEASURED), "compare", "delete it to train that run again")
+        refuse_difference(self.directory, stored["identity"], self.identity, "comparison")
         return stored
 
 
@@ -103,20 +106,9 @@ def prepare(comparison: Comparison, *, say: Callable[[str], None]) -> Prepared:
     # Sizes first: they fail in a blink, and reading a corpus may take minutes.
     match(comparison, vocab_size=257)
     say("reading the text")
-    corpus = load_corpus(comparison.data, validation_fraction=comparison.validation_fraction)
-    tokenizer = load_tokenizer(comparison.tokenizer, corpus.train)
-    text = pack(corpus, tokenizer, comparison.context)
-    if len(text.train) < comparison.batch_size:
-        raise InputError(
-            f"the train text has {len(text.train)} blocks of {comparison.context} tokens and one step needs "
-            f"{comparison.batch_size}; set the batch size to at most {len(text.train)} or add text"
-        )
-    # Whole batches only, so that every step sees the tokens that are counted for it.
-    train_blocks = len(text.train) // comparison.batch_size * comparison.batch_size
-    validation_blocks = max(1, comparison.validation_tokens // comparison.context)
-    text = dataclasses.replace(text, train=text.train[:train_blocks], validation=text.validation[:validation_blocks])
-    candidates = match(comparison, text.vocab_size)
-    return Prepared(comparison, candidates, comparison.protocol(device.type), device, corpus, tokenizer, text)
+    source = comparison.prepare_text(say)
+    candidates = match(comparison, source.text.vocab_size)
+    return Prepared(comparison, candidates, comparison.protocol(device.type), device, source)
 
 
 def run_comparison(
@@ -134,7 +126,7 @@ def run_comparison(
     Raises:
         InputError: `out` holds a comparison of another configuration, or something that is not ours.
         OSError: `out` cannot be written, for example because the disk is full; finished runs are as they were.
-        KeyboardInterrupt: the results of what was finished are written first.
+        KeyboardInterrupt: the results of what was finished are written first; RunStopped after SIGTERM.
     """
     settings = _claim(out, prepared)
     runs = [
@@ -159,13 +151,19 @@ def run_comparison(
     try:
         for run in runs:
             if run.name in results:
+                run.drop_checkpoints()
                 continue
             try:
-                results[run.name] = _execute(prepared, run, command, show)
+                results[run.name] = _execute(prepared, run, command, say, show)
+                run.drop_checkpoints()
             except (RunFailed, torch.OutOfMemoryError) as error:
                 failures[run.name] = one_line(error)
                 say(f"{run.name} failed: {failures[run.name]}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # RunStopped too
+        for run in runs:  # it may have come between a result and the line that notes it
+            if (result := run.finished()) is not None:
+                results[run.name] = result
+                run.drop_checkpoints()
         gather()
         raise
     return gather()
@@ -174,14 +172,14 @@ def run_comparison(
 def _claim(out: Path, prepared: Prepared) -> dict[str, Any]:
     """The resolved settings of this comparison; InputError where `out` belongs to another one."""
     settings = {
-        **dataclasses.asdict(prepared.comparison),
+        **prepared.comparison.deciding(),
         "precision": prepared.protocol.precision,
-        "corpus_sha256": prepared.corpus.sha256,
+        "corpus_sha256": prepared.source.facts["sha256"],
     }
     settings = json.loads(json.dumps(settings))
     path = out / "config.json"
     if path.is_file():
-        found = _read_ours(path, ("variants", "seeds", "sizes", "corpus_sha256"), "choose another --out")
+        found = read_ours(path, ("variants", "seeds", "sizes", "corpus_sha256"), "compare", "choose another --out")
         # More variants or seeds continue a comparison; fewer would drop finished rows from its tables.
         for name in ("variants", "seeds", "sizes"):
             dropped = [item for item in found[name] if item not in settings[name]]
@@ -191,56 +189,19 @@ def _claim(out: Path, prepared: Prepared) -> dict[str, Any]:
                     "name them again or choose another --out"
                 )
             found[name] = settings[name]
-        _refuse_difference(out, found, settings)
-    elif out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; choose another --out")
-    elif out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty and holds no comparison of ours; choose another --out")
+        refuse_difference(out, found, settings, "comparison")
+    else:
+        check_free(out, "comparison")
     return settings
 
 
-def _read_ours(path: Path, keys: Sequence[str], way_out: str) -> dict[str, Any]:
-    """What a comparison stored in `path`; InputError where it is damaged or somebody else's."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or any(key not in found for key in keys):
-        raise InputError(f"{path} is damaged, or was not written by multimatrix compare; {way_out}")
-    return found
-
-
-def _refuse_difference(directory: Path, found: dict[str, Any], wanted: dict[str, Any], within: str = "") -> None:
-    """InputError that names the first setting in which two configurations differ."""
-    for name in dict.fromkeys([*wanted, *found]):
-        old, new = found.get(name), wanted.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            _refuse_difference(directory, old, new, f"{within}{name}.")
-        elif old != new:
-            raise InputError(
-                f"{directory} was made with {within}{name} = {old} and this comparison has {new}; "
-                "choose another --out or the same settings"
-            )
-
-
 def _make_run(prepared: Prepared, out: Path, candidate: Candidate, seed: int) -> Run:
-    comparison = prepared.comparison
-    config = MultimatrixConfig(
-        vocab_size=prepared.text.vocab_size,
-        hidden_size=comparison.hidden_size,
+    config = prepared.comparison.model_config(
+        candidate.spec,
+        prepared.tokenizer,
+        prepared.text.vocab_size,
         intermediate_size=candidate.intermediate_size,
-        num_hidden_layers=comparison.num_hidden_layers,
-        max_position_embeddings=comparison.positions,
-        attention=candidate.spec.to_dict(),
-        rope_parameters={"rope_type": "default", "rope_theta": comparison.rope_theta},
-        tie_word_embeddings=comparison.tie_word_embeddings,
-        depth_scaled_init=comparison.depth_scaled_init,
-        initializer_range=comparison.initial_std,
-        zero_init_output=comparison.zero_init_output,
-        mixture_of_experts=candidate.experts.to_dict() if candidate.experts is not None else None,
-        bos_token_id=prepared.tokenizer.bos_token_id,
-        eos_token_id=prepared.tokenizer.eos_token_id,
-        pad_token_id=prepared.tokenizer.pad_token_id,
+        experts=candidate.experts,
     )
     identity = {
         "variant": candidate.label,
@@ -248,7 +209,7 @@ def _make_run(prepared: Prepared, out: Path, candidate: Candidate, seed: int) ->
         "attention": candidate.spec.to_dict(),
         "intermediate_size": candidate.intermediate_size,
         "vocab_size": prepared.text.vocab_size,
-        "corpus_sha256": prepared.corpus.sha256,
+        "corpus_sha256": prepared.source.facts["sha256"],
         **dataclasses.asdict(prepared.protocol),
     }
     if candidate.experts is not None:
@@ -256,10 +217,15 @@ def _make_run(prepared: Prepared, out: Path, candidate: Candidate, seed: int) ->
     return Run(candidate, seed, out / "runs" / f"{candidate.label}-seed{seed}", config, identity)
 
 
-def _execute(prepared: Prepared, run: Run, command: str, show: Callable[[Run, dict[str, Any]], None]) -> dict[str, Any]:
+def _execute(
+    prepared: Prepared,
+    run: Run,
+    command: str,
+    say: Callable[[str], None],
+    show: Callable[[Run, dict[str, Any]], None],
+) -> dict[str, Any]:
     """Train and measure one run; its result.json is written last, so that it is there only when all is done."""
     start = time.perf_counter()
-    memory = PeakMemory(prepared.device)
     trained = train(
         run.config,
         prepared.text,
@@ -267,14 +233,15 @@ def _execute(prepared: Prepared, run: Run, command: str, show: Callable[[Run, di
         seed=run.seed,
         directory=run.directory,
         device=prepared.device,
+        execution=prepared.comparison.execution(),
+        identity=run.identity,
         on_step=lambda row: show(run, row),
+        say=lambda line: say(f"{run.name}: {line}"),
     )
-    peak = memory.bytes()
     context = prepared.protocol.context
     decode_speed = decode_tokens_per_second(trained.model, context=max(1, context // 2), tokens=min(64, context // 2))
     where = environment(prepared.device)
-    # For the model card: whoever gets the checkpoint alone must know how it was made.
-    trained.model.config.provenance = {
+    provenance = {
         "protocol": dataclasses.asdict(prepared.protocol),
         "corpus": prepared.corpus_facts(),
         "tokens": prepared.protocol.tokens,
@@ -283,10 +250,7 @@ def _execute(prepared: Prepared, run: Run, command: str, show: Callable[[Run, di
         "environment": where,
         "command": command,
     }
-    folder = run.directory / "model"
-    with writing(folder):
-        trained.model.save_pretrained(folder)
-        prepared.tokenizer.save_pretrained(folder)
+    trained.save(run.directory / "model", prepared.tokenizer, provenance)
     # Stated bytes are at 16 bit, so the real cache is filled at 16 bit.
     counted = counted_kv_bytes_per_token(trained.model.to(torch.bfloat16), tokens=context)
     result = {
@@ -294,7 +258,7 @@ def _execute(prepared: Prepared, run: Run, command: str, show: Callable[[Run, di
         "validation_loss": trained.validation_loss,
         "train_tokens_per_second": trained.tokens_per_second,
         "decode_tokens_per_second": decode_speed,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": trained.peak_memory_bytes,
         "kv_bytes_per_token_counted": counted,
         "wall_seconds": time.perf_counter() - start,
         "environment": where,
