@@ -26,7 +26,7 @@ NEUTRAL = {
     "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id",
     "problem_type", "output_router_logits", "router_aux_loss_coef", "quantization_config", "tokenizer_class",
 }  # fmt: skip
-OURS_NEUTRAL = {"depth_scaled_init", "zero_init_output", "provenance"}
+OURS_NEUTRAL = {"depth_scaled_init", "zero_init_output", "skip_logits", "provenance"}
 # Of DeepSeek's mixture of experts: which experts a token takes, not how many.
 ROUTING = {
     "aux_loss_alpha", "ep_size", "n_group", "topk_group", "topk_method", "norm_topk_prob", "scoring_func", "seq_aux",

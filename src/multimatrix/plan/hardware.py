@@ -11,6 +11,7 @@ lower bound, good for comparing, not a forecast.
 from __future__ import annotations
 
 import functools
+import logging
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
@@ -18,6 +19,8 @@ from typing import Any, Literal
 
 from multimatrix.errors import InputError
 from multimatrix.plan.model import DecodeCost
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,32 @@ class Hardware:
 
 @functools.cache
 def hardware_table() -> dict[str, Hardware]:
-    """The accelerators that ship with the package, by name; every number's source is in recipes/hardware.toml."""
-    file = resources.files("multimatrix") / "recipes" / "hardware.toml"
-    table = tomllib.loads(file.read_text(encoding="utf-8"))
+    """The accelerators that have a price, by name; every number's source is in recipes/hardware.toml."""
     numbers = ("dollars_per_hour", "flops_per_second", "bytes_per_second")
-    return {name: Hardware(name, row["title"], *(row[key]["value"] for key in numbers)) for name, row in table.items()}
+    return {
+        name: Hardware(name, row["title"], *(row[key]["value"] for key in numbers))
+        for name, row in _rows().items()
+        if "dollars_per_hour" in row
+    }
+
+
+@functools.cache
+def bf16_peak(device_name: str) -> float | None:
+    """FLOPs per second of dense bfloat16 products; None for a device that is not in the table, which is said once.
+
+    device_name: as torch.cuda.get_device_name() gives it.
+    """
+    for row in _rows().values():
+        if device_name in row.get("device_names", ()):
+            return row["dense_bf16_flops_per_second"]["value"]
+    logger.warning("no model FLOP utilization: the peak of %s is not in recipes/hardware.toml", device_name)
+    return None
+
+
+@functools.cache
+def _rows() -> dict[str, dict[str, Any]]:
+    file = resources.files("multimatrix") / "recipes" / "hardware.toml"
+    return tomllib.loads(file.read_text(encoding="utf-8"))
 
 
 def find_hardware(names: list[str]) -> list[Hardware]:
