@@ -55,7 +55,7 @@ class Settings:
     tokens_per_step: int
     seed: int
     profile: bool
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.weights == torch.bfloat16:
@@ -90,6 +90,7 @@ def _measure(case: Case, settings: Settings, batch: int) -> dict[str, Any]:
     torch.manual_seed(settings.seed)
     passes = max(1, settings.tokens_per_step // (batch * case.context))
     data = make_data(settings, case, passes * (WARM_UPS + settings.steps), batch)
+    data[-passes:] = data[:passes]  # so that the first and the last loss are of the same tokens
     model = case.make_model(device, settings.weights)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters != case.sizes.parameters:

@@ -84,23 +84,22 @@ def _attention(attention: dict[str, Any] | None) -> str:
 
 def bars(report: dict[str, Any]) -> list[str]:
     """A sentence for every bar: met, missed or not measured."""
-    measured = {
-        (row["size"], row["model"]): row
-        for row in report["rows"]
-        if row["context"] == BAR_CONTEXT and row["reason"] is None
-    }
+    measured = {(row["size"], row["context"], row["model"]): row for row in report["rows"] if row["reason"] is None}
     lines = []
     for size, bar in MFU_BARS.items():
-        row = measured.get((size, "mfa"))
+        row = measured.get((size, BAR_CONTEXT, "mfa"))
         if row is not None and row["mfu"] is not None:
             met = "met" if row["mfu"] >= bar else "missed"
             lines.append(f"MFA at {size}: MFU {100 * row['mfu']:.1f} %, the bar is {100 * bar:.0f} %: {met}.")
-    for size in dict.fromkeys(row["size"] for row in report["rows"]):
+    for size, context in dict.fromkeys((row["size"], row["context"]) for row in report["rows"]):
         for ours, theirs in (("mha", "llama"), ("gqa", "llama_gqa")):
-            if (size, ours) in measured and (size, theirs) in measured:
-                a, b = (measured[size, model] for model in (ours, theirs))
+            a, b = (measured.get((size, context, model)) for model in (ours, theirs))
+            if a is not None and b is not None:
                 ratio = a["tokens_per_second"] / b["tokens_per_second"]
-                lines.append(f"{ours.upper()} at {size}: {ratio:.2f} times the tokens/s of transformers' {theirs}.")
+                lines.append(
+                    f"{ours.upper()} at {size}, context {context:,}: {ratio:.2f} times the tokens/s of transformers' "
+                    f"{theirs}."
+                )
     return lines
 
 
