@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from multimatrix import MultimatrixForCausalLM
 from multimatrix.errors import one_line
 from multimatrix.plan.training import flop_utilization
 from timing import back_to_back
@@ -166,12 +167,13 @@ def make_data(settings: Settings, case: Case, count: int, batch: int) -> list[Te
 def compile_model(model: nn.Module, settings: Settings) -> None:
     """In place: every layer by itself, which compiles once for all of them, or the model as a whole."""
     options: dict[str, Any] = {"backend": settings.backend, "dynamic": False}
-    if settings.compile == "layers":
-        for layer in model.model.layers:
-            layer.compile(**options)
-        model.model.norm.compile(**options)
-    elif settings.compile == "model":
+    if settings.compile == "model":
         model.compile(**options)
+    elif settings.compile == "layers" and isinstance(model, MultimatrixForCausalLM):
+        model.compile_layers(**options)
+    elif settings.compile == "layers":
+        for module in (*model.model.layers, model.model.norm):
+            module.compile(**options)
 
 
 def eager_gradient(case: Case, model: nn.Module, ids: Tensor, settings: Settings) -> tuple[float, list[Tensor]]:

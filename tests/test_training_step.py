@@ -168,14 +168,17 @@ def test_layers_compile_once_for_all(name):
     torch._dynamo.reset()
     decoder = Decoder(list(MODELS[name]) * 2, **getattr(MODELS[name], "changes", {}))
     model = random_model(decoder, torch.float32, skip_logits=True).train()
-    counter = CompileCounterWithBackend("aot_eager")
-    for layer in model.model.layers:
-        layer.compile(fullgraph=True, backend=counter)
     ids = random_ids(2, TOKENS)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(ids, labels=ids, use_cache=False).loss
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile_layers(fullgraph=True, backend=counter)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
-            model(ids, labels=ids, use_cache=False).loss.backward()
-    assert counter.frame_count == 1
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+    assert counter.frame_count == 2  # a layer, and the loss
 
 
 @pytest.mark.parametrize("name", DEFAULTS)

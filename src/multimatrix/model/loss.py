@@ -4,13 +4,15 @@
 
 Tokens pass through the head in chunks. A chunk's logits give its part of the loss and at once of both gradients,
 softmax(W h) - onehot(label), so that they are made once and dropped, as Liger Kernel does (arXiv 2410.10989). Plain
-torch operations: they run on every device, and a compiler fuses what stands between the products.
+torch operations: they run on every device, and `MultimatrixForCausalLM.compile_layers` fuses what stands between the
+products.
 
 torch has the like from 2.12 on, `torch.nn.functional.linear_cross_entropy`, but outside of compiled graphs only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +24,20 @@ from torch import Tensor
 CHUNK = 4096
 
 
+def loss_terms(logits: Tensor, target: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Logits [n, V] and target [n, 1] -> log probability of the target [n, 1] and the logits' gradient [n, V].
+
+    The gradient is that of -log_p, in the logits' dtype: softmax - onehot. Everything else is taken in float32 at
+    least.
+    """
+    precision = torch.promote_types(logits.dtype, torch.float32)
+    log_p = logits.log_softmax(-1, dtype=precision).gather(1, target)
+    if not with_gradient:
+        return log_p, None
+    # The target's number is made from the exact one: near 1, p itself is too coarse.
+    return log_p, logits.softmax(-1).scatter(1, target, log_p.expm1().to(logits.dtype))
+
+
 def next_token_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -31,21 +47,22 @@ def next_token_loss(
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
     chunk: int = CHUNK,
+    terms: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]] = loss_terms,
     **_: Any,
 ) -> Tensor:
     """The loss that transformers' `ForCausalLMLoss` gives for the logits hidden @ weight.T.
 
     hidden: [B, T, H]. weight: [V, H]. labels: [B, T], of which token t predicts label t + 1; shift_labels: [B, T],
     where they are shifted already. Labels of ignore_index do not count. num_items_in_batch: what the sum is divided by,
-    None for the labels that count. Under autocast the products are taken in its dtype. Softmax and sums are taken in
-    float32 at least.
+    None for the labels that count. Under autocast the products are taken in its dtype. terms: `loss_terms`, or the
+    same compiled.
     """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.flatten().to(hidden.device)  # [B * T]
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    total = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets, ignore_index, dtype, chunk)
+    total = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets, ignore_index, dtype, chunk, terms)
     if num_items_in_batch is None:
         num_items_in_batch = (targets != ignore_index).sum()
     elif isinstance(num_items_in_batch, Tensor):
@@ -58,7 +75,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, dtype: torch.dtype, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        dtype: torch.dtype,
+        chunk: int,
+        terms: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]],
     ) -> Tensor:
         for_hidden, for_weight = ctx.needs_input_grad[:2]
         precision = torch.promote_types(dtype, torch.float32)
@@ -70,17 +94,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x = rows.to(dtype)  # [n, H]
             counts = (labels != ignore_index)[:, None]  # [n, 1]
             target = labels[:, None].where(counts, 0)  # [n, 1]
-            logits = x @ head.T  # [n, V]
-            log_p = logits.log_softmax(-1, dtype=precision).gather(1, target)  # [n, 1]
-            total = total - log_p.where(counts, 0).sum()
-            if not (for_hidden or for_weight):
+            log_p, gradient = terms(x @ head.T, target, for_hidden or for_weight)  # [n, 1], [n, V]
+            total -= log_p.where(counts, 0).sum()
+            if gradient is None:
                 continue
-            # One kernel, which takes and gives the products' dtype; the target's number is made from the exact one.
-            gradient = logits.softmax(-1).scatter(1, target, log_p.expm1().to(dtype))  # [n, V]
             if for_hidden:
                 hidden_gradients.append((gradient @ head).where(counts, 0))  # [n, H]
             if weight_gradient is not None:
-                weight_gradient = weight_gradient + gradient.T @ x.where(counts, 0)  # [V, H]
+                weight_gradient += gradient.T @ x.where(counts, 0)  # [V, H]
         ctx.save_for_backward(
             torch.cat(hidden_gradients).to(hidden.dtype) if hidden_gradients else None,
             None if weight_gradient is None else weight_gradient.to(weight.dtype),
@@ -90,4 +111,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = (None if of is None else of * grad.to(of.dtype) for of in ctx.saved_tensors)
-        return hidden, weight, None, None, None, None
+        return hidden, weight, None, None, None, None, None

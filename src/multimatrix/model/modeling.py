@@ -33,7 +33,7 @@ from multimatrix.errors import InputError
 from multimatrix.model.card import model_card, write_card
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.layer import DecoderLayer
-from multimatrix.model.loss import next_token_loss
+from multimatrix.model.loss import loss_terms, next_token_loss
 from multimatrix.model.masks import within_documents
 from multimatrix.model.mixture import Experts, load_balancing_loss, share_of_step
 
@@ -217,8 +217,19 @@ class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
         self.model = MultimatrixModel(config)
         self.vocab_size = config.vocab_size
         self.experts = config.experts_spec()
+        self.loss_terms = loss_terms
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def compile_layers(self, **options: Any) -> None:
+        """Compile every layer by itself, in place, and what `model.loss` makes of logits.
+
+        Layers that are alike share one graph, so that a deep model compiles as fast as a single layer; names and
+        hooks stay. options: of torch.compile.
+        """
+        for layer in self.model.layers:
+            layer.compile(**options)
+        self.loss_terms = torch.compile(loss_terms, **options)
 
     def static_cache(self, batch_size: int, max_cache_len: int) -> StaticCache:
         """A static cache whose memory exists from the start, as `torch.export` and CUDA graphs need it.
@@ -273,7 +284,7 @@ class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
         head = plain_weight(self.lm_head, hidden) if skipped and self.loss_function is ForCausalLMLoss else None
         logits = loss = None
         if head is not None:
-            loss = next_token_loss(hidden, head, labels, **kwargs)
+            loss = next_token_loss(hidden, head, labels, terms=self.loss_terms, **kwargs)
         else:
             logits = self.lm_head(hidden)  # [B, T, vocab_size]
         if labels is not None and loss is None:
