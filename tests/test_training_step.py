@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
-from cases import DEFAULTS, MODELS, Decoder, random_ids, random_model
+from cases import DEFAULTS, MODELS, Decoder, random_attention, random_ids, random_model
+from multimatrix.attention import module
 from multimatrix.model.loss import next_token_loss
 
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -145,6 +146,22 @@ def test_no_mask_is_made_where_nothing_is_padded(name, mask):
     if all(spec.head_dims[0] == spec.head_dims[1] for spec in MODELS[name]):  # else a CPU has no fused attention
         has_scores = any(shape[-2:] == (tokens, tokens) for shape in shapes.seen)
         assert has_scores == any(spec.position == "alibi" for spec in MODELS[name])
+
+
+@pytest.mark.parametrize("name", DEFAULTS.keys() - {"fpba"})
+def test_nothing_is_copied_between_projections_and_attention(name, monkeypatch):
+    """Queries are stored token by token, and so is what attention gives: the output projection reads a view."""
+    spec = DEFAULTS[name]
+    layer = random_attention(spec, torch.float32)
+    seen = []
+
+    def attend(q, latents, **options):
+        seen.append(q.transpose(1, 2).is_contiguous())
+        return q[..., : spec.head_dims[1]]
+
+    monkeypatch.setattr(module, "attend", attend)
+    layer(torch.randn(2, TOKENS, spec.hidden_size))
+    assert seen == [True]
 
 
 @every_model

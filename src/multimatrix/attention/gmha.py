@@ -342,6 +342,13 @@ def split_heads(x: Tensor, dim: int) -> Tensor:
     return x.unflatten(-1, (-1, dim)).transpose(1, 2)
 
 
+def join_heads(*parts: Tensor) -> Tensor:
+    """Heads [B, N, T, dim] side by side, [B, N, T, sum of dims], stored token by token as `split_heads` has them."""
+    import torch
+
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=-1).transpose(1, 2)
+
+
 def linear_weight(linear: Any, like: Tensor) -> Tensor:
     """The matrix [out, in] that a linear layer applies to vectors such as `like`; see `plain_weight`."""
     import torch
