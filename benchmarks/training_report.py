@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -11,75 +11,71 @@ from rich.table import Table
 
 MFU_BARS = {"350m": 0.45, "1b": 0.50}  # of MFA, at a context of 2048
 BAR_CONTEXT = 2048
-HEADER = [
+SPEED = ["", "heads", "tokens/s", "min-max", "MFU", "TFLOP/s", "peak GB", "sequences x passes", "compiled in, s"]
+KERNELS = ("attention", "matrix products", "compiled", "optimizer", "other")
+SHARES = [
     "",
-    "heads",
-    "tokens/s",
-    "min-max",
-    "MFU",
-    "peak GB",
-    "sequences",
-    "compile, s",
-    "MFLOPs/token",
+    "MFLOPs a token",
     "attention core / linear / feed-forward / head",
     "time: attention / products / compiled / optimizer / other",
-    "one layer's attention, ms: cuDNN / flash / efficient",
+    "attention of a layer, ms: cuDNN / flash / efficient",
 ]
 
 
-def groups(report: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A title and its rows for every size and context."""
+@dataclass(frozen=True)
+class Lines:
+    """One table: a title, the header and what stands below it."""
 
-    def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["size"], row["context"]
-
-    order = list(dict.fromkeys(key(row) for row in report["rows"]))
-    for (size, context), found in itertools.groupby(sorted(report["rows"], key=lambda row: order.index(key(row))), key):
-        rows = list(found)
-        yield f"{size}, context {context:,}: {rows[0]['parameters'] / 1e6:,.0f}M parameters", rows
+    title: str
+    header: list[str]
+    body: list[list[str]]
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def tables(report: dict[str, Any]) -> Iterator[Lines]:
+    """Speed, and what it is made of, for every size and context."""
+    for size, context in dict.fromkeys((row["size"], row["context"]) for row in report["rows"]):
+        rows = [row for row in report["rows"] if (row["size"], row["context"]) == (size, context)]
+        title = f"{size}, context {context:,}: {rows[0]['parameters'] / 1e6:,.0f}M parameters"
+        yield Lines(title, SPEED, [speed(row) for row in rows])
+        yield Lines(f"{size}, context {context:,}: FLOPs and time by part", SHARES, [shares(row) for row in rows])
+
+
+def name(row: dict[str, Any]) -> str:
+    return f"transformers {row['model']}" if row["model"].startswith("llama") else row["model"]
+
+
+def speed(row: dict[str, Any]) -> list[str]:
     dims = row["head_dims"]
-    shape = f"{row['heads']} x {dims[0]}" + ("" if dims[0] == dims[1] else f"/{dims[1]}")
-    name = f"transformers {row['model']}" if row["model"].startswith("llama") else row["model"]
-    total = row["flops_per_token"]
-    split = [row["flops_by_part"][part] for part in ("attention_core", "attention_linear", "feed_forward")]
-    split.append(row["flops_by_part"]["output_head"])
-    flops = " / ".join(f"{100 * part / total:.0f}" for part in split) + " %"
+    first = [name(row), f"{row['heads']} x {dims[0]}" + ("" if dims[0] == dims[1] else f"/{dims[1]}")]
     if row["reason"] is not None:
         absent = "wrong" if row["reason"].startswith("wrong") else "-"
-        return [name, shape, absent, *["-"] * 5, f"{total / 1e6:,.0f}", flops, "-", "-"]
+        return [*first, absent, *["-"] * (len(SPEED) - 3)]
     tokens = row["tokens_per_second"] * row["seconds_per_step"]
     return [
-        name,
-        shape,
-        f"{row['tokens_per_second']:,.0f}",
+        *first,
+        f"**{row['tokens_per_second']:,.0f}**",
         f"{tokens / row['seconds_max']:,.0f}-{tokens / row['seconds_min']:,.0f}",
-        "-" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %",
+        "-" if row["mfu"] is None else f"**{100 * row['mfu']:.1f} %**",
+        f"{row['model_tflops_per_second']:,.0f}",
         "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e9:.1f}",
         f"{row['batch']} x {row['passes']}",
         f"{row['compile_seconds']:.0f}",
-        f"{total / 1e6:,.0f}",
-        flops,
-        _kernels(row.get("kernels")),
-        _attention(row.get("attention")),
     ]
 
 
-def _kernels(kernels: dict[str, Any] | None) -> str:
-    if not kernels:
-        return "-"
-    total = sum(kernels["ms"].values())
-    kinds = ("attention", "matrix products", "compiled", "optimizer", "other")
-    return " / ".join(f"{100 * kernels['ms'].get(kind, 0.0) / total:.0f}" for kind in kinds) + " %"
-
-
-def _attention(attention: dict[str, Any] | None) -> str:
-    if not attention:
-        return "-"
-    times = " / ".join("-" if ms is None else f"{ms:.2f}" for ms in attention["ms"].values())
-    return f"{times}, takes {attention['chosen'].removesuffix('_ATTENTION').lower()}"
+def shares(row: dict[str, Any]) -> list[str]:
+    total, parts = row["flops_per_token"], row["flops_by_part"]
+    split = [parts[part] for part in ("attention_core", "attention_linear", "feed_forward", "output_head")]
+    kernels, attention = row.get("kernels"), row.get("attention")
+    time, layer = "-", "-"
+    if kernels:
+        ms = sum(kernels["ms"].values())
+        time = " / ".join(f"{100 * kernels['ms'].get(kind, 0.0) / ms:.0f}" for kind in KERNELS) + " %"
+    if attention:
+        layer = " / ".join("-" if ms is None else f"{ms:.2f}" for ms in attention["ms"].values())
+        layer += f"; taken: {attention['chosen'].removesuffix('_ATTENTION').lower()}"
+    flops = " / ".join(f"{100 * part / total:.0f}" for part in split) + " %"
+    return [name(row), f"{total / 1e6:,.0f}", flops, time, layer]
 
 
 def bars(report: dict[str, Any]) -> list[str]:
@@ -121,15 +117,15 @@ def origin(report: dict[str, Any]) -> list[str]:
 
 
 def print_tables(report: dict[str, Any]) -> None:
-    console = Console(width=250, soft_wrap=True, highlight=False)
+    console = Console(width=200, soft_wrap=True, highlight=False)
     for line in origin(report):
         console.print(line, markup=False)
-    for title, rows in groups(report):
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-        for index, name in enumerate(HEADER):
-            table.add_column(name, justify="right" if index else "left")
-        for row in rows:
-            table.add_row(*cells(row))
+    for lines in tables(report):
+        table = Table(title=lines.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for index, heading in enumerate(lines.header):
+            table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+        for cells in lines.body:
+            table.add_row(*(cell.replace("**", "") for cell in cells))
         console.print()
         console.print(table)
     console.print()
@@ -140,9 +136,10 @@ def print_tables(report: dict[str, Any]) -> None:
 def markdown(report: dict[str, Any]) -> str:
     """The same for a file in results/."""
     parts = ["# Training throughput", f"    {report['command']}", "\n".join(f"- {line}" for line in origin(report))]
-    for title, rows in groups(report):
-        lines = [f"## {title}", "", "| " + " | ".join(HEADER) + " |", "| --- |" + " ---: |" * (len(HEADER) - 1)]
-        parts.append("\n".join([*lines, *("| " + " | ".join(cells(row)) + " |" for row in rows)]))
-    if lines := bars(report):
-        parts.append("\n".join(f"- {line}" for line in lines))
+    for lines in tables(report):
+        rule = "| --- |" + " ---: |" * (len(lines.header) - 1)
+        rows = ["| " + " | ".join(cells) + " |" for cells in (lines.header, *lines.body)]
+        parts += [f"**{lines.title}**", "\n".join([rows[0], rule, *rows[1:]])]
+    if sentences := bars(report):
+        parts.append("\n".join(f"- {sentence}" for sentence in sentences))
     return "\n\n".join(parts) + "\n"
