@@ -10,6 +10,7 @@ import re
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,9 @@ def measure(case: Case, settings: Settings) -> dict[str, Any]:
             reason = one_line(error)
         except Wrong as error:
             return {"reason": str(error)}
+        except Exception as error:  # the other models go on
+            traceback.print_exc()
+            return {"reason": f"{type(error).__name__}: {one_line(error)[:200]}"}
         finally:
             _free()
         if batch == 1:
@@ -146,11 +150,20 @@ def _measure(case: Case, settings: Settings, batch: int) -> dict[str, Any]:
     }
     if device.type == "cuda":
         batches = iter(data)
-        row["kernels"] = kernel_times(step) if settings.profile else None
+        row["kernels"] = attempt(lambda: kernel_times(step)) if settings.profile else None
         del model, optimizer
         _free()
-        row["attention"] = attention_times(case, batch, device)
+        row["attention"] = attempt(lambda: attention_times(case, batch, device))
     return row
+
+
+def attempt(of: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+    """What explains a time must not cost it."""
+    try:
+        return of()
+    except RuntimeError:
+        traceback.print_exc()
+        return None
 
 
 def make_data(settings: Settings, case: Case, count: int, batch: int) -> list[Tensor]:
