@@ -1,16 +1,21 @@
 """A training step: the loss without kept logits, no mask without padding, one compiled graph, one precision."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 from cases import DEFAULTS, MODELS, Decoder, random_attention, random_ids, random_model
 from multimatrix.attention import module
+from multimatrix.attention.module import RMSNorm
+from multimatrix.model.layer import DecoderLayer
 from multimatrix.model.loss import next_token_loss
 
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -29,6 +34,23 @@ class Shapes(TorchDispatchMode):
         outputs = result if isinstance(result, (tuple, list)) else [result]
         self.seen += [tuple(output.shape) for output in outputs if isinstance(output, torch.Tensor)]
         return result
+
+
+class AutocastOfGPUs(TorchFunctionMode):
+    """Autocast on a CPU, and beyond it what a GPU's takes to float32 of all that a model may call."""
+
+    FLOAT32 = (
+        *("exp", "expm1", "log", "log_softmax", "logsumexp", "softmax", "softplus", "sum", "prod", "cumsum", "pow"),
+        *("rsqrt", "reciprocal", "norm", "rms_norm", "layer_norm", "nll_loss", "cross_entropy"),
+    )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self.FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = torch.utils._pytree.tree_map_only(
+                torch.Tensor, lambda of: of.float() if of.dtype == torch.bfloat16 else of, (args, kwargs)
+            )
+        return func(*args, **kwargs)
 
 
 def labels_with_gaps(ids):
@@ -168,11 +190,19 @@ def test_nothing_is_copied_between_projections_and_attention(name, monkeypatch):
 def test_a_training_step_is_one_graph(name):
     torch._dynamo.reset()
     model = random_model(MODELS[name], torch.float32, skip_logits=True).train()
-    compiled = copy.deepcopy(model)
-    compiled.compile(fullgraph=True, backend="aot_eager")
+    compiled, masks = copy.deepcopy(model), []
+
+    def backend(graph, inputs):
+        attention = [node for node in graph.graph.nodes if "scaled_dot_product" in str(node.target)]
+        masks.extend((node.kwargs["attn_mask"], node.kwargs["is_causal"]) for node in attention)
+        return aot_eager(graph, inputs)
+
+    compiled.compile(fullgraph=True, backend=backend)
     ids = random_ids(2, TOKENS)
     outputs = [each(ids, labels=ids, use_cache=False) for each in (model, compiled)]
     assert outputs[1].logits is None
+    no_bias = [spec for spec in MODELS[name] if spec.position != "alibi"]
+    assert masks.count((None, True)) == len(no_bias)
     for output in outputs:
         output.loss.backward()
     torch.testing.assert_close(outputs[1].loss, outputs[0].loss)
@@ -198,19 +228,21 @@ def test_layers_compile_once_for_all(name):
     assert counter.frame_count == 2  # a layer, and the loss
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_autocast_keeps_the_residual_stream_narrow(name):
-    model = random_model([DEFAULTS[name]] * 2, torch.float32, skip_logits=True)
-    model.train()
-    seen = []
-    for layer in model.model.layers:
-        layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output[0].dtype)))
+@pytest.mark.parametrize("gpu_list", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast_keeps_hidden_states_narrow(name, gpu_list):
+    model = random_model(MODELS[name], torch.float32, skip_logits=True).train()
     ids = random_ids(2, TOKENS)
     exact = model(ids, labels=ids).loss
-    seen.clear()
-    with torch.autocast("cpu", torch.bfloat16):
+    seen = set()
+    for part in model.modules():
+        if isinstance(part, (DecoderLayer, RMSNorm)):
+            part.register_forward_hook(
+                lambda part, inputs, output: seen.add((inputs[0] if isinstance(output, tuple) else output).dtype)
+            )
+    with torch.autocast("cpu", torch.bfloat16), AutocastOfGPUs() if gpu_list else contextlib.nullcontext():
         loss = model(ids, labels=ids).loss
-    assert seen == [(torch.bfloat16, torch.bfloat16)] * 2
+    assert seen == {torch.bfloat16}
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
     loss.backward()
@@ -259,7 +291,7 @@ def test_peak_memory_of_a_large_vocabulary():
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     next_token_loss(hidden, weight, labels).backward()
-    assert torch.cuda.max_memory_allocated() - before < 0.6 * tokens * vocab * 4  # of the logits in float32
+    assert torch.cuda.max_memory_allocated() - before < 0.75 * tokens * vocab * 4  # of the logits in float32
 
 
 @pytest.mark.gpu

@@ -27,15 +27,16 @@ CHUNK = 4096
 def loss_terms(logits: Tensor, target: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Logits [n, V] and target [n, 1] -> log probability of the target [n, 1] and the logits' gradient [n, V].
 
-    The gradient is that of -log_p, in the logits' dtype: softmax - onehot. Everything else is taken in float32 at
-    least.
+    The gradient is that of the negative log probability, softmax - onehot, in the logits' dtype. Everything else is
+    taken in float32 at least.
     """
-    precision = torch.promote_types(logits.dtype, torch.float32)
-    log_p = logits.log_softmax(-1, dtype=precision).gather(1, target)
+    log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))  # [n, V]
+    of_target = log_p.gather(1, target)
     if not with_gradient:
-        return log_p, None
-    # The target's number is made from the exact one: near 1, p itself is too coarse.
-    return log_p, logits.softmax(-1).scatter(1, target, log_p.expm1().to(logits.dtype))
+        return of_target, None
+    # Not scatter, which a compiler cannot fuse; and 1 is taken off before rounding, which near 1 is too coarse.
+    is_target = torch.arange(logits.shape[-1], device=logits.device) == target  # [n, V]
+    return of_target, log_p.exp_().sub_(is_target.to(logits.dtype)).to(logits.dtype)
 
 
 def next_token_loss(
@@ -74,41 +75,50 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """hidden [N, H], weight [V, H], targets [N] -> sum of the cross entropies, in float32 at least."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        ignore_index: int,
-        dtype: torch.dtype,
-        chunk: int,
-        terms: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]],
-    ) -> Tensor:
-        for_hidden, for_weight = ctx.needs_input_grad[:2]
-        precision = torch.promote_types(dtype, torch.float32)
-        head = weight.to(dtype)  # [V, H]
-        total = torch.zeros((), dtype=precision, device=hidden.device)
-        hidden_gradients = []
-        weight_gradient = torch.zeros_like(weight, dtype=precision) if for_weight else None
-        for rows, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            x = rows.to(dtype)  # [n, H]
-            counts = (labels != ignore_index)[:, None]  # [n, 1]
-            target = labels[:, None].where(counts, 0)  # [n, 1]
-            log_p, gradient = terms(x @ head.T, target, for_hidden or for_weight)  # [n, 1], [n, V]
-            total -= log_p.where(counts, 0).sum()
-            if gradient is None:
-                continue
-            if for_hidden:
-                hidden_gradients.append((gradient @ head).where(counts, 0))  # [n, H]
-            if weight_gradient is not None:
-                weight_gradient += gradient.T @ x.where(counts, 0)  # [V, H]
-        ctx.save_for_backward(
-            torch.cat(hidden_gradients).to(hidden.dtype) if hidden_gradients else None,
-            None if weight_gradient is None else weight_gradient.to(weight.dtype),
-        )
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        needed = ctx.needs_input_grad[:2]
+        with torch.autocast(hidden.device.type, enabled=False):  # every dtype is chosen here
+            total, *gradients = _sum_and_gradients(hidden, weight, *others, *needed)
+        ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = (None if of is None else of * grad.to(of.dtype) for of in ctx.saved_tensors)
         return hidden, weight, None, None, None, None, None
+
+
+def _sum_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+    chunk: int,
+    terms: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]],
+    for_hidden: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The sum, and its gradients for hidden [N, H] and weight [V, H] where they are needed."""
+    precision = torch.promote_types(dtype, torch.float32)
+    head = weight.to(dtype)  # [V, H]
+    total = torch.zeros((), dtype=precision, device=hidden.device)
+    of_hidden = []
+    of_weight = torch.zeros_like(weight, dtype=precision) if for_weight else None
+    for rows, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        x = rows.to(dtype)  # [n, H]
+        counts = (labels != ignore_index)[:, None]  # [n, 1]
+        target = labels[:, None].where(counts, 0)  # [n, 1]
+        log_p, gradient = terms(x @ head.T, target, for_hidden or for_weight)  # [n, 1], [n, V]
+        total -= log_p.where(counts, 0).sum()
+        if gradient is None:
+            continue
+        if for_hidden:
+            of_hidden.append((gradient @ head).where(counts, 0))  # [n, H]
+        if of_weight is not None:
+            of_weight += gradient.T @ x.where(counts, 0)  # [V, H]
+    return (
+        total,
+        torch.cat(of_hidden).to(hidden.dtype) if of_hidden else None,
+        None if of_weight is None else of_weight.to(weight.dtype),
+    )

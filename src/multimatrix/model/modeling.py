@@ -183,12 +183,14 @@ class MultimatrixModel(MultimatrixPreTrainedModel):
         rotary = RotaryTables(positions, x.dtype, self.config.rope)
         for spec in self.specs:
             rotary.new(spec)  # before the layers, so that layers that are compiled one by one are all alike
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            **{CACHE: cache},
-        )
+        mask = None  # all see what is before them; transformers would make a mask of it where a compiler reads along
+        if attention_mask is not None or cache is not None:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=x,
+                attention_mask=attention_mask,
+                **{CACHE: cache},
+            )
         if position_ids is not None and (attention_mask is None or attention_mask.dim() == 2):
             slots = cache.get_mask_sizes(x.shape[1], 0)[0] if cache is not None else x.shape[1]
             mask = within_documents(mask, position_ids, attention_mask, positions, slots)
