@@ -33,6 +33,7 @@ def test_the_table_has_every_accelerator():
 def test_a_row_is_complete(name):
     row = dict(ROWS[name])
     assert isinstance(row.pop("title"), str)
+    assert all(name.startswith("NVIDIA ") for name in row.pop("device_names", ()))
     expected = set(REQUIRED)
     expected |= set() if name in NO_FP8 else {"fp8_flops_per_second"}
     expected |= {"fp4_flops_per_second"} if name in FP4 else set()
@@ -49,7 +50,7 @@ def test_a_row_is_complete(name):
 
 
 def test_every_source_is_used_and_can_be_found():
-    used = {entry["source"] for row in ROWS.values() for key, entry in row.items() if key != "title"}
+    used = {entry["source"] for row in ROWS.values() for entry in row.values() if isinstance(entry, dict)}
     assert used == set(TABLE["sources"])
     assert all("https://" in text for text in TABLE["sources"].values())
 

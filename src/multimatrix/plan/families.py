@@ -20,7 +20,7 @@ from multimatrix.plan.config_fields import NEUTRAL, Fields
 
 # What Step-3's format has to state and nothing that is counted depends on.
 STEP3_UNCOUNTED = {"max_seq_len": 1, "rope_theta": 1e4, "rms_norm_eps": 1e-5}
-OURS_NEUTRAL = ("depth_scaled_init", "zero_init_output", "provenance")
+OURS_NEUTRAL = ("depth_scaled_init", "zero_init_output", "skip_logits", "provenance")
 LATENT_NEUTRAL = (
     *("aux_loss_alpha", "ep_size", "topk_method", "scoring_func", "seq_aux", "num_key_value_heads", "rope_interleave"),
     *("qk_head_dim", "head_dim", *grouped.ROUTING),

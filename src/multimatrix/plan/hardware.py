@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 import tomllib
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from typing import Any, Literal
 
 from multimatrix.errors import InputError
 from multimatrix.plan.model import DecodeCost
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +108,31 @@ def hardware_table() -> dict[str, Hardware]:
 
     Their flops_per_second is that of FP8, or of BF16 where there is no FP8, as the Step-3 report takes it.
     """
-    file = resources.files("multimatrix") / "recipes" / "hardware.toml"
-    table = tomllib.loads(file.read_text(encoding="utf-8"))["hardware"]
     chips = {}
-    for name, row in table.items():
-        numbers = {key: entry["value"] for key, entry in row.items() if key != "title"}
+    for name, row in _rows().items():
+        numbers = {key: entry["value"] for key, entry in row.items() if key not in ("title", "device_names")}
         peak = numbers.get("fp8_flops_per_second", numbers["bf16_flops_per_second"])
         chips[name] = Hardware(name=name, title=row["title"], flops_per_second=peak, **numbers)
     return chips
+
+
+@functools.cache
+def bf16_peak(device_name: str) -> float | None:
+    """FLOPs per second of dense bfloat16 products; None for a device that is not in the table, which is said once.
+
+    device_name: as torch.cuda.get_device_name() gives it.
+    """
+    for row in _rows().values():
+        if device_name in row.get("device_names", ()):
+            return row["bf16_flops_per_second"]["value"]
+    logger.warning("no model FLOP utilization: the peak of %s is not in recipes/hardware.toml", device_name)
+    return None
+
+
+@functools.cache
+def _rows() -> dict[str, dict[str, Any]]:
+    file = resources.files("multimatrix") / "recipes" / "hardware.toml"
+    return tomllib.loads(file.read_text(encoding="utf-8"))["hardware"]
 
 
 def find_hardware(names: list[str]) -> list[Hardware]:
