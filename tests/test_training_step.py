@@ -186,6 +186,31 @@ def test_nothing_is_copied_between_projections_and_attention(name, monkeypatch):
     assert seen == [True]
 
 
+def test_projections_of_one_input_are_one_product_in_training():
+    spec = DEFAULTS["mfa"]
+    layer = random_attention(spec, torch.float32)
+    x = torch.randn(2, TOKENS, spec.hidden_size)
+    together = spec.head_dim * 2 + spec.query_rank
+
+    def products():
+        with Shapes() as shapes:
+            y = layer(x)
+        return y, any(shape[-1:] == (together,) for shape in shapes.seen)
+
+    y, fused = products()
+    assert fused
+    with torch.no_grad():  # weights would be copied for nothing
+        plain, fused = products()
+    assert not fused
+    torch.testing.assert_close(plain, y)
+    seen = []
+    layer.k_proj.register_forward_hook(lambda *_: seen.append(1))  # who looks at a layer sees it run
+    hooked, fused = products()
+    assert not fused
+    assert seen == [1]
+    torch.testing.assert_close(hooked, y)
+
+
 @pytest.mark.parametrize("name", ["hybrid-all", "mfa-experts"])  # the first has every variant in it
 def test_a_training_step_is_one_graph(name):
     torch._dynamo.reset()
