@@ -367,15 +367,15 @@ def join_heads(*parts: Tensor) -> Tensor:
 def side_by_side(x: Tensor, *linears: Any) -> tuple[Tensor, ...]:
     """What linear layers make of the same x.
 
-    In training it is one product with their weights side by side, which costs narrow layers less than a product each,
-    and x gets one gradient instead of a sum. Without gradients weights would be copied for nothing, and a layer that is
-    more than its weight has to be asked itself.
+    In training mode it is one product with their weights side by side, which costs narrow layers less than a product
+    each, and x gets one gradient instead of a sum. Without gradients weights would be copied for nothing, and a layer
+    that is more than its weight has to be asked itself.
     """
     import torch
 
     weights = [None if linear._forward_hooks else plain_weight(linear, x) for linear in linears]
     learned = [weight for weight in weights if weight is not None and weight.requires_grad]
-    if not torch.is_grad_enabled() or len(learned) < len(linears):
+    if not (linears[0].training and torch.is_grad_enabled()) or len(learned) < len(linears):
         return tuple(linear(x) for linear in linears)
     together = torch.nn.functional.linear(x, torch.cat(learned))
     return together.split([weight.shape[0] for weight in learned], dim=-1)
