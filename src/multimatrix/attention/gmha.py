@@ -364,6 +364,23 @@ def join_heads(*parts: Tensor) -> Tensor:
     return torch.cat([part.transpose(1, 2) for part in parts], dim=-1).transpose(1, 2)
 
 
+def side_by_side(x: Tensor, *linears: Any) -> tuple[Tensor, ...]:
+    """What linear layers make of the same x.
+
+    In training mode it is one product with their weights side by side, which costs narrow layers less than a product
+    each, and x gets one gradient instead of a sum. Without gradients weights would be copied for nothing, and a layer
+    that is more than its weight has to be asked itself.
+    """
+    import torch
+
+    weights = [None if linear._forward_hooks else plain_weight(linear, x) for linear in linears]
+    learned = [weight for weight in weights if weight is not None and weight.requires_grad]
+    if not (linears[0].training and torch.is_grad_enabled()) or len(learned) < len(linears):
+        return tuple(linear(x) for linear in linears)
+    together = torch.nn.functional.linear(x, torch.cat(learned))
+    return together.split([weight.shape[0] for weight in learned], dim=-1)
+
+
 def linear_weight(linear: Any, like: Tensor) -> Tensor:
     """The matrix [out, in] that a linear layer applies to vectors such as `like`; see `plain_weight`."""
     import torch
