@@ -24,8 +24,7 @@ from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
 from command import Done, multimatrix
-from multimatrix.compare import figures
-from multimatrix.compare import run as compare_run
+from multimatrix.compare import execute, figures, prepare
 from multimatrix.compare.progress import Progress
 from multimatrix.compare.results import loss_columns
 from multimatrix.compare.statistics import judge, summary
@@ -93,7 +92,7 @@ def no_training(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a finished run is trained again")
 
-    monkeypatch.setattr(compare_run, "train", refuse)
+    monkeypatch.setattr(execute, "train", refuse)
 
 
 def snapshot(folder: Path) -> dict[str, tuple]:
@@ -313,7 +312,7 @@ def test_the_data_order_is_the_seeds_alone(compare, tmp_path, monkeypatch):
     monkeypatch.setattr(MultimatrixForCausalLM, "forward", spy)
     kept = []  # an id may be given again once its model is gone
     train = train_run.train
-    monkeypatch.setattr(compare_run, "train", lambda *args, **words: kept.append(train(*args, **words)) or kept[-1])
+    monkeypatch.setattr(execute, "train", lambda *args, **words: kept.append(train(*args, **words)) or kept[-1])
     assert compare(tmp_path / "out", "--variants", "mfa,mha,mfa_kr", "--seeds", "0,1").status == 0
 
     training = [torch.stack(seen[id(run.model), "training"]) for run in kept]
@@ -414,7 +413,7 @@ def test_more_seeds_or_variants_extend(copy, compare, monkeypatch, words, new):
         trained.append(directory.name)
         return train(*args, directory=directory, **others)
 
-    monkeypatch.setattr(compare_run, "train", spy)
+    monkeypatch.setattr(execute, "train", spy)
     before = snapshot(copy)
     done = compare(copy, *words)
     assert done.status == 0
@@ -545,7 +544,7 @@ def fail_in_run(monkeypatch, name: str, error: BaseException, step: int = 3) -> 
 
         return train(*args, directory=directory, on_step=stop if directory.name == name else on_step, **words)
 
-    monkeypatch.setattr(compare_run, "train", failing)
+    monkeypatch.setattr(execute, "train", failing)
 
 
 def test_an_interrupt_keeps_what_is_done_and_resumes(compare, tmp_path, monkeypatch):
@@ -556,7 +555,7 @@ def test_an_interrupt_keeps_what_is_done_and_resumes(compare, tmp_path, monkeypa
     assert done.status == 130
     assert done.err.splitlines()[-1].startswith(f"interrupted; what was finished is in {out}")
     assert "Traceback" not in done.err
-    assert statuses(out) == {"mha-seed0": "done", "mfa_kr-seed0": "missing"}
+    assert statuses(out) == {"mha-seed0": "done", "mfa_kr-seed0": "stopped"}
     results = read(out / "results.json")
     assert results["complete"] is False
     assert results["rows"][1]["validation_loss"] is None
@@ -575,7 +574,7 @@ def test_an_interrupt_before_anything_is_done(compare, tmp_path, monkeypatch):
     out = tmp_path / "out"
     fail_in_run(monkeypatch, "mha-seed0", KeyboardInterrupt(), step=1)
     assert compare(out, *TWO_RUNS).status == 130
-    assert set(statuses(out).values()) == {"missing"}
+    assert statuses(out) == {"mha-seed0": "stopped", "mfa_kr-seed0": "missing"}
     assert "Incomplete: 0 of 2 runs are done." in (out / "report.html").read_text()
 
 
@@ -583,7 +582,7 @@ def test_an_interrupt_while_the_text_is_read(compare, tmp_path, monkeypatch):
     def interrupt(*args, **words):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare_run, "load_corpus", interrupt)
+    monkeypatch.setattr(prepare, "load_corpus", interrupt)
     done = compare(tmp_path / "out", *TWO_RUNS)
     assert done.status == 130
     assert "Traceback" not in done.err
@@ -803,19 +802,22 @@ def test_a_diverged_loss_has_no_perplexity():
 def test_a_terminal_gets_bars(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
 
-    class Named:
-        name = "mha-seed0"
-
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
     progress = Progress(10)
-    for step in (1, 10):
-        progress.show(Named, {"step": step, "loss": 2.5})
+    for name in ("mha-seed0", "mfa-seed0"):
+        progress.start(name)
+    progress.show("mha-seed0", {"step": 4, "loss": 2.5, "tokens_per_second": 1234.0})
+    progress.show("mfa-seed0", {"step": 10, "validation_loss": 2.25})
     progress.say("a line between")
+    progress.end("mha-seed0")
     progress.close()
-    err = capsys.readouterr().err
-    assert "mha-seed0" in err
-    assert "10/10" in err
-    assert "loss=2.500" in err
-    assert err.endswith("a line between\n")
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).splitlines()
+    assert "a line between" in lines
+    bar = next(line for line in lines if line.startswith("mha-seed0") and "4/10" in line)
+    assert "loss 2.500 1,234 tok/s" in bar
+    assert any(line.startswith("mfa-seed0") and "10/10" in line and "valid. 2.250" in line for line in lines)
+    assert all(len(line) <= 100 for line in lines)
 
 
 # ---- statistics --------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from matplotlib.colors import to_hex
 from rich.console import Console
 
 from multimatrix.compare import figures, report
+from multimatrix.compare.style import format_bytes, style_of
 
 # variant, shape, KV bytes per token, validation loss, verdict
 VARIANTS = [
@@ -294,7 +295,7 @@ def test_interrupted_comparison(tmp_path):
     results = interrupted(tmp_path)
     page = report.render(results, tmp_path)
     assert "Incomplete: 7 of 12 runs are done." in page
-    assert ["MLA", "1", "failed", "runs/mla-seed1", "loss was not finite at step 312"] in Page(page).rows
+    assert ["MLA", "1", "failed", "0", "runs/mla-seed1", "loss was not finite at step 312"] in Page(page).rows
     assert Page(page).row("MLA")[5:] == ["0", "–", "–", "–", "–", "–"]
     assert "Incomplete" in printed(results, 80)
 
@@ -360,11 +361,11 @@ def test_same_results_give_the_same_page(finished):
 
 def test_colours_follow_the_name(tmp_path):
     names = [name for name, *_ in VARIANTS]
-    assert len({figures.style_of(name) for name in [*names, "mfa_wide", "gta", "tpa"]}) == len(names) + 3
-    assert figures.style_of("something new") == figures.style_of("something new")
+    assert len({style_of(name) for name in [*names, "mfa_wide", "gta", "tpa"]}) == len(names) + 3
+    assert style_of("something new") == style_of("something new")
     few = figures.loss_against_kv_bytes(sample(tmp_path / "few", VARIANTS[3:]))
     many = figures.loss_against_tokens(sample(tmp_path / "many"), tmp_path / "many")
-    colour = figures.style_of("mfa_kr")[0]
+    colour = style_of("mfa_kr")[0]
     for figure in (few, many):
         assert colour in {to_hex(line.get_color()) for line in figure.axes[0].lines}
 
@@ -416,7 +417,7 @@ def test_no_name_is_struck_through_by_the_baseline(finished):
 
 
 def test_bytes_in_words():
-    assert [figures.format_bytes(n) for n in (None, 0, 512, 4096, 6912, 3 << 29)] == [
+    assert [format_bytes(n) for n in (None, 0, 512, 4096, 6912, 3 << 29)] == [
         "–",
         "0 B",
         "512 B",

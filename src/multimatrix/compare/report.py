@@ -20,10 +20,14 @@ from rich.table import Table
 from rich.text import Text
 
 from multimatrix.compare import figures
-from multimatrix.compare.figures import display_name, format_bytes
+from multimatrix.compare.style import INK, display_name, format_bytes, style_of
 from multimatrix.files import write_text
 
 Row = dict[str, Any]
+SHOWN = 5  # reasons of failed runs above the tables
+# Seconds after which a browser reads the page again while runs are under way.
+REFRESH = 20
+STATUSES = ("running", "waiting", "done", "failed", "stopped", "missing")
 
 
 class Cell(NamedTuple):
@@ -193,7 +197,7 @@ def tally(results: dict[str, Any]) -> str:
 
 
 def alarms(results: dict[str, Any]) -> list[str]:
-    """What a reader must know before any number: bytes that disagree, and runs that are missing."""
+    """What a reader must know before any number: bytes that disagree, and runs that failed or are missing."""
     found = [
         f"{display_name(row['variant'])} states {number(row.get('kv_bytes_per_token'))} bytes of cache per "
         f"token, but {number(row['kv_bytes_per_token_counted'])} were counted in storage. "
@@ -202,8 +206,14 @@ def alarms(results: dict[str, Any]) -> list[str]:
         if _disagrees(row)
     ]
     runs = results.get("runs") or []
+    failed = [run for run in runs if run.get("status") == "failed"]
+    found += [
+        f"{display_name(run['variant'])} with seed {run['seed']} failed: {run['reason']}" for run in failed[:SHOWN]
+    ]
+    if len(failed) > SHOWN:
+        found.append(f"{len(failed) - SHOWN} more failed; the reasons are below, under Runs.")
     done = sum(run.get("status") == "done" for run in runs)
-    if done < len(runs) or not results.get("complete"):
+    if not results.get("running") and (done < len(runs) or not results.get("complete")):
         found.append(f"Incomplete: {done} of {len(runs)} runs are done.")
     return found
 
@@ -250,11 +260,10 @@ def render(results: dict[str, Any], directory: Path) -> str:
     `directory` is the run directory; the curves are read from the `metrics.jsonl` files below it.
     """
     rows, config = results.get("rows") or [], results.get("config") or {}
-    loader = PackageLoader("multimatrix.compare", ".")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("report.html.jinja").render(
+    return fill_page(
+        "report.html.jinja",
+        refresh=REFRESH if results.get("running") else None,
+        states=count_states(results.get("runs") or []),
         title=results.get("title") or "multimatrix compare",
         version=results.get("version") or "",
         created=results.get("created") or "",
@@ -270,15 +279,32 @@ def render(results: dict[str, Any], directory: Path) -> str:
         tables={
             name: (
                 _headings(columns, results),
-                [(figures.style_of(row["variant"])[0], _cells(columns, row)) for row in rows],
+                [(style_of(row["variant"])[0], _cells(columns, row)) for row in rows],
             )
             for name, columns in (("quality", QUALITY), ("cost", _applicable(COST, results)))
         },
-        loss_against_tokens=_inline(figures.loss_against_tokens(results, directory)),
-        loss_against_kv_bytes=_inline(figures.loss_against_kv_bytes(results)),
-        runs=[{**run, "name": display_name(run["variant"])} for run in results.get("runs") or []],
+        loss_against_tokens=inline(figures.loss_against_tokens(results, directory)),
+        loss_against_kv_bytes=inline(figures.loss_against_kv_bytes(results)),
+        runs=[
+            {"step": 0, "steps": 0} | run | {"name": display_name(run["variant"])} for run in results.get("runs") or []
+        ],
         facts={key: _flatten(results.get(key) or {}) for key in ("corpus", "config", "environment")},
     )
+
+
+def fill_page(template: str, **values: Any) -> str:
+    """A page from its template; what is not marked as HTML is text."""
+    loader = PackageLoader("multimatrix.compare", ".")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(template).render(values)
+
+
+def count_states(runs: list[dict[str, Any]]) -> dict[str, int]:
+    """How many runs are running, waiting, done and so on, without those of which there are none."""
+    statuses = [run.get("status") for run in runs]
+    return {status: statuses.count(status) for status in STATUSES if status in statuses}
 
 
 def write_report(results: dict[str, Any], directory: Path) -> Path:
@@ -308,10 +334,10 @@ def _cells(columns: tuple[Column, ...] | list[Column], row: Row) -> list[Cell]:
     return [cell if isinstance(cell, Cell) else Cell(cell, "quiet" if cell == "–" else "") for cell in cells]
 
 
-def _inline(figure: Any) -> Markup:
+def inline(figure: Any) -> Markup:
     """The figure as an SVG element in the colour of the text around it; matplotlib escapes what it writes."""
     svg = figures.to_svg(figure, transparent=True)
-    return Markup(svg[svg.index("<svg") :].replace(figures.INK, "currentColor"))
+    return Markup(svg[svg.index("<svg") :].replace(INK, "currentColor"))
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
