@@ -24,11 +24,13 @@ from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
 from command import Done, multimatrix
-from multimatrix.compare import execute, figures, prepare
+from multimatrix.compare import execute, figures, live, prepare, report
+from multimatrix.compare import run as compare_run
 from multimatrix.compare.progress import Progress
 from multimatrix.compare.results import loss_columns
 from multimatrix.compare.statistics import judge, summary
 from multimatrix.data import load_corpus, pack
+from multimatrix.locks import locked
 from multimatrix.model.modeling import MultimatrixForCausalLM
 from multimatrix.train import run as train_run
 
@@ -796,6 +798,92 @@ def test_a_diverged_loss_has_no_perplexity():
     assert loss_columns([], bytes_per_token=1.0)["validation_loss"] is None
 
 
+# ---- the report while runs go on ---------------------------------------------------------------------------------
+
+
+def test_the_report_is_made_anew_while_runs_go_on(compare, tmp_path, monkeypatch):
+    out, seen = tmp_path / "out", []
+    write = report.write_report
+
+    def spy(results, directory):
+        path = write(results, directory)
+        states = [(run["status"], run["step"]) for run in results["runs"]]
+        if not seen or states != seen[-1][0]:
+            seen.append((states, "http-equiv" in path.read_text()))
+        assert read(out / "results.json")["running"] == results["running"]
+        return path
+
+    monkeypatch.setattr(report, "write_report", spy)
+    monkeypatch.setattr(live, "INTERVAL", 0)
+    monkeypatch.setattr(compare_run, "SHARE_IN_PROCESS", 1e9)
+    assert compare(out, *TWO_RUNS).status == 0
+    assert [states for states, _ in seen if states[0][0] == "running"] == [
+        [("running", step), ("waiting", 0)] for step in range(STEPS + 1)
+    ]
+    assert [states for states, _ in seen if states[1][0] == "running"] == [
+        [("done", STEPS), ("running", step)] for step in range(STEPS + 1)
+    ]
+    assert all(live for _, live in seen)
+    assert "http-equiv" not in (out / "report.html").read_text()
+    assert read(out / "results.json")["running"] is False
+
+
+def test_the_report_takes_little_of_the_time(monkeypatch):
+    """What took 30 seconds is not done again before 50 times as many have passed."""
+    now, rendered = [1000.0], []
+
+    def render():
+        rendered.append(now[0])
+        now[0] += 30
+
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    watch = live.Watch([], Progress(10), render, share=0.02)
+    for later in (0, 100, 1000, 1499, 1501):
+        now[0] = 1000.0 + later
+        watch.tick()
+    assert rendered == [1000.0, 2501.0]
+
+
+def test_a_report_that_cannot_be_written_meanwhile_stops_nothing(compare, tmp_path, monkeypatch):
+    write, failed = report.write_report, []
+
+    def failing(results, directory):
+        if results["running"]:
+            failed.append(results)
+            raise FULL
+        return write(results, directory)
+
+    monkeypatch.setattr(report, "write_report", failing)
+    assert compare(tmp_path / "out", *TWO_RUNS).status == 0
+    assert failed
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_report_made_by_another_command(copy, no_training):
+    """From the runs' own files: what `compare` had no time to gather before it was killed is there."""
+    whole = read(copy / "results.json")
+    (copy / "runs/mla-seed1/result.json").unlink()
+    (copy / "report.html").unlink()
+    done = multimatrix("report", copy)
+    assert done.status == 0
+    assert statuses(copy)["mla-seed1"] == "stopped"
+    assert "Incomplete: 7 of 8 runs are done." in (copy / "report.html").read_text()
+    with locked(copy / "runs/mla-seed1/run.lock", ""), locked(copy / "compare.lock", ""):
+        assert multimatrix("report", copy).status == 0
+        assert "http-equiv" in (copy / "report.html").read_text()
+        assert statuses(copy)["mla-seed1"] == "stopped", "results.json is for whoever is at work to write"
+    shutil.copy(copy / "runs/mla-seed0/result.json", copy / "runs/mla-seed1/result.json")
+    assert multimatrix("report", copy).status == 0
+    again = read(copy / "results.json")
+    assert again["complete"] is True
+    assert {key: again[key] for key in ("config", "corpus", "environment")} == {
+        key: whole[key] for key in ("config", "corpus", "environment")
+    }
+    assert again["rows"][0] == whole["rows"][0]
+    (copy / "runs/mla-seed1/result.json").write_text("{")
+    assert "mla-seed1/result.json is damaged" in multimatrix("report", copy).sentence
+
+
 # ---- progress on a terminal --------------------------------------------------------------------------------------
 
 
@@ -809,13 +897,14 @@ def test_a_terminal_gets_bars(monkeypatch, capsys):
         progress.start(name)
     progress.show("mha-seed0", {"step": 4, "loss": 2.5, "tokens_per_second": 1234.0})
     progress.show("mfa-seed0", {"step": 10, "validation_loss": 2.25})
+    time.sleep(0.3)  # bars are drawn ten times a second
     progress.say("a line between")
     progress.end("mha-seed0")
     progress.close()
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).splitlines()
     assert "a line between" in lines
     bar = next(line for line in lines if line.startswith("mha-seed0") and "4/10" in line)
-    assert "loss 2.500 1,234 tok/s" in bar
+    assert "loss 2.500 1,234/s" in bar
     assert any(line.startswith("mfa-seed0") and "10/10" in line and "valid. 2.250" in line for line in lines)
     assert all(len(line) <= 100 for line in lines)
 

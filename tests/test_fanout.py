@@ -19,9 +19,10 @@ import torch
 from matplotlib.figure import Figure
 
 from command import Done, multimatrix
-from multimatrix.compare import execute, figures, local, prepare
+from multimatrix.compare import execute, figures, launch, local, prepare
 from multimatrix.compare.configuration import make_comparison
 from multimatrix.compare.folder import LOCK, RUN_LOCK, state_of
+from multimatrix.compare.on_ray import OnRay
 from multimatrix.locks import is_locked, locked
 
 SMALL = ["--hidden-size", 32, "--head-dim", 8, "--layers", 2, "--context", 32, "--batch-size", 4]
@@ -144,6 +145,14 @@ def killing_the_worker_of(run: Path):
     thread.join()
 
 
+def endless(text: Path, out: Path) -> tuple[prepare.Prepared, list[prepare.Run]]:
+    """A comparison of one run that does not end by itself."""
+    settings = {"data": [str(text)], "hidden_size": 32, "head_dim": 8, "num_hidden_layers": 2, "context": 32}
+    settings |= {"variants": ["mha"], "seeds": [0], "steps": 1_000_000, "batch_size": 4}
+    prepared = prepare.prepare(make_comparison(None, settings), device_type="cpu", say=lambda line: None)
+    return prepared, prepare.make_runs(prepared, out)
+
+
 # ---- one process per run -----------------------------------------------------------------------------------------
 
 
@@ -237,10 +246,7 @@ def test_sigterm_stops_the_workers_and_gathers(text, tmp_path):
 
 def test_a_worker_ends_when_who_started_it_is_killed(text, tmp_path):
     """The system closes the pipe to the worker's standard input then, as is done here."""
-    settings = {"data": [str(text)], "hidden_size": 32, "head_dim": 8, "num_hidden_layers": 2, "context": 32}
-    settings |= {"variants": ["mha"], "seeds": [0], "steps": 1_000_000, "batch_size": 4}
-    prepared = prepare.prepare(make_comparison(None, settings), device_type="cpu", say=lambda line: None)
-    (run,) = prepare.make_runs(prepared, tmp_path)
+    prepared, (run,) = endless(text, tmp_path)
     local.share(prepared, [run], "a command", tmp_path / "shared")
     worker = subprocess.Popen(
         [sys.executable, "-m", "multimatrix.compare.worker", tmp_path / "shared", run.name], stdin=subprocess.PIPE
@@ -267,6 +273,7 @@ def test_the_lock_keeps_a_second_comparison_out(compare, tmp_path):
 def test_a_lock_ends_with_its_process(tmp_path):
     code = f"""
 import os, pathlib
+from multimatrix.compare.on_ray import OnRay
 from multimatrix.locks import locked
 with locked(pathlib.Path({str(tmp_path / LOCK)!r}), ""):
     os.kill(os.getpid(), 9)
@@ -277,3 +284,142 @@ with locked(pathlib.Path({str(tmp_path / LOCK)!r}), ""):
     with locked(tmp_path / LOCK, ""):
         assert is_locked(tmp_path / LOCK)
     assert not (tmp_path / LOCK).exists()
+
+
+# ---- which launcher, which device --------------------------------------------------------------------------------
+
+
+def test_the_launcher_follows_the_devices(monkeypatch):
+    def chosen(gpus: list[str], *words) -> tuple:
+        for module in (launch, local):
+            monkeypatch.setattr(module, "visible_gpus", lambda: gpus)
+        found = launch.make_launcher(*words)
+        return type(found).__name__, found.workers, found.device_type
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert chosen([], None, None) == ("InProcess", 1, "cpu")
+    assert chosen(["3"], None, None) == ("InProcess", 1, "cuda")
+    assert chosen(["3", "5"], None, None) == ("Local", 2, "cuda")
+    assert chosen([], None, 3) == ("Local", 3, "cpu")
+    assert chosen([], "local", None) == ("Local", 1, "cpu")
+    assert chosen(["3", "5"], "local", 4) == ("Local", 4, "cuda")
+    # Trainer would train on both at once, with twice the batch.
+    assert chosen(["3", "5"], "in-process", None) == ("InProcess", 1, "cuda")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("words", "fragment"),
+    [
+        (["--launcher", "slurm"], "launcher must be one of in-process, local, ray, got 'slurm'"),
+        (["--workers", 0], "workers must be at least 1, got 0"),
+        (["--launcher", "in-process", "--workers", 2], "one process trains one run at a time, not 2"),
+    ],
+)
+def test_launchers_that_cannot_be(compare, tmp_path, words, fragment):
+    assert fragment in compare(tmp_path / "out", *TWO_RUNS, *words).sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_ray_is_asked_for_where_it_is_missing(compare, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "pip install 'multimatrix[ray]'" in compare(tmp_path / "out", *TWO_RUNS, "--launcher", "ray").sentence
+
+
+def test_every_worker_has_a_gpu_of_those_that_are_visible(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6, GPU-1f")
+    assert launch.visible_gpus() == ["6", "GPU-1f"]
+    launcher = local.Local(3)
+    assert [launcher.surroundings(place)["CUDA_VISIBLE_DEVICES"] for place in range(3)] == ["6", "GPU-1f", "6"]
+    assert launcher.sharing == "3 ran at once on 2 GPUs"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert launch.visible_gpus() == ["0", "1"]
+    assert local.Local(None).sharing is None
+
+
+def test_workers_share_the_cores_unless_the_user_has_set_the_threads(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert local.Local(4).surroundings(0)["OMP_NUM_THREADS"] == "3"
+    assert local.Local(100).surroundings(0)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert local.Local(4).surroundings(0)["OMP_NUM_THREADS"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (-signal.SIGSEGV, "its process was ended by SIGSEGV; log.txt beside it"),
+        (-signal.SIGKILL, "its process was ended by SIGKILL, as the system does when memory runs out"),
+        (3, "its process ended with status 3"),
+        (0, "its process ended with status 0"),  # and yet there is no result
+    ],
+)
+def test_how_a_process_ended(status, words):
+    assert local.how_it_ended(status).startswith(words)
+
+
+def test_rows_are_read_whole_and_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    tail = local.Tail(path)
+    with path.open("a") as file:
+        file.write('{"step": 2}\n{"st')
+        file.flush()
+        assert tail.new_rows() == [{"step": 2}]
+        file.write('ep": 3}\nnot JSON\n[4]\n')
+        file.flush()
+        assert tail.new_rows() == [{"step": 3}]
+    assert tail.new_rows() == []
+    path.write_text('{"step": 1}\n')
+    assert tail.new_rows() == [{"step": 1}], "it was written anew"
+
+
+# ---- Ray ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def test_ray_gives_the_same_numbers_and_isolates_runs(cluster, compare, alone, tmp_path):
+    """One run as in one process, and one whose worker is killed; another launcher goes on from there."""
+    out = tmp_path / "out"
+    with killing_the_worker_of(out / "runs" / "mfa_kr-seed0"):
+        done = compare(out, *TWO_RUNS, "--launcher", "ray")
+    assert done.status == 1, done.err
+    assert "2 runs at once" in done.out
+    assert statuses(out) == {"mha-seed0": "done", "mfa_kr-seed0": "failed"}
+    assert reasons(out)["mfa_kr-seed0"].startswith("its worker ended without a word, killed or crashed")
+    assert "mha-seed0 step 6/6: loss " in done.err
+    again = compare(out, *TWO_RUNS)
+    assert again.status == 0, again.err
+    assert "1 of 2 runs are done already" in again.err
+    assert comparable(out) == comparable(alone)
+    for name in statuses(alone):
+        assert metrics(out, name) == metrics(alone, name)
+        first, second = (folder / "runs" / name / "model" / "model.safetensors" for folder in (alone, out))
+        assert first.read_bytes() == second.read_bytes()
+    assert_nothing_is_left(out)
+
+
+def test_tasks_that_are_stopped_let_go_of_their_runs(cluster, text, tmp_path):
+    """An interrupt while tasks train: when the launcher returns, nothing is trained any more."""
+    prepared, (run,) = endless(text, tmp_path)
+
+    class Impatient:
+        def start(self, run):
+            raise KeyboardInterrupt
+
+        def tick(self):
+            """Nothing to do."""
+
+    with pytest.raises(KeyboardInterrupt):
+        OnRay(1).launch(prepared, [run], tmp_path, "a command", Impatient())
+    assert state_of(run.directory).status in ("stopped", "missing")

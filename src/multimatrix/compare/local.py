@@ -57,7 +57,7 @@ class Local:
                 for place in range(self.workers):
                     if waiting and place not in active:
                         run = waiting.popleft()
-                        active[place] = _Worker(run, shared, self._surroundings(place))
+                        active[place] = _Worker(run, shared, self.surroundings(place))
                         watcher.start(run)
                 time.sleep(POLL)
                 for place, worker in list(active.items()):
@@ -72,7 +72,7 @@ class Local:
             stop([worker.process for worker in active.values()])
             shutil.rmtree(shared, ignore_errors=True)
 
-    def _surroundings(self, place: int) -> dict[str, str]:
+    def surroundings(self, place: int) -> dict[str, str]:
         """Environment of a worker: its GPU, and its share of the cores unless the user has set the threads."""
         surroundings = dict(os.environ)
         if self.gpus:
@@ -117,10 +117,10 @@ class _Worker:
             return None
         if status == FAILED and state.status == "failed":
             return state.reason
-        return record_failure(self.run, _how_it_ended(status))
+        return record_failure(self.run, how_it_ended(status))
 
 
-def _how_it_ended(status: int) -> str:
+def how_it_ended(status: int) -> str:
     """What the exit status of a process that could not say it itself tells."""
     if status >= 0:
         return f"its process ended with status {status}; log.txt beside it has its last words"

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich import progress as rich_progress
 from rich.console import Console
+from rich.table import Column
 from rich.text import Text
 
 SHOWN = ("loss", "validation_loss", "learning_rate", "tokens_per_second")
@@ -24,10 +25,10 @@ class Progress:
         if sys.stderr.isatty():
             self._bars = rich_progress.Progress(
                 rich_progress.TextColumn("{task.description}", style="bold"),
-                rich_progress.BarColumn(bar_width=None),
-                rich_progress.MofNCompleteColumn(),
+                rich_progress.BarColumn(bar_width=None, table_column=Column(ratio=1)),
+                rich_progress.MofNCompleteColumn(table_column=Column(min_width=2 * len(str(steps)) + 1)),
                 rich_progress.TextColumn("{task.fields[numbers]}"),
-                rich_progress.TimeRemainingColumn(compact=True),
+                rich_progress.TimeRemainingColumn(compact=True, table_column=Column(min_width=5)),
                 console=self._console,
                 expand=True,
                 transient=True,  # of what is done the table at the end tells
@@ -68,9 +69,9 @@ class Progress:
 
 
 def _short(numbers: dict[str, Any]) -> str:
-    """`loss 2.310 valid. 2.402 18,250 tok/s`."""
+    """`loss 2.310 valid. 2.402 18,250/s`."""
     labels = {"loss": "loss", "validation_loss": "valid."}
     parts = [f"{label} {numbers[key]:.3f}" for key, label in labels.items() if key in numbers]
     if "tokens_per_second" in numbers:
-        parts.append(f"{numbers['tokens_per_second']:,.0f} tok/s")
+        parts.append(f"{numbers['tokens_per_second']:,.0f}/s")
     return " ".join(parts)

@@ -15,6 +15,9 @@ from multimatrix.compare.results import describe, gather
 from multimatrix.files import write_json
 from multimatrix.locks import locked
 
+# Of the time, that rendering the report may take: where it holds up training, and where another process trains.
+SHARE_IN_PROCESS, SHARE = 0.02, 0.2
+
 
 def run_comparison(
     prepared: Prepared, out: Path, launcher: Launcher, *, command: str, progress: Progress
@@ -59,7 +62,7 @@ def run_comparison(
             figures.save_figures(results, out)
             return results
 
-        share = 0.02 if isinstance(launcher, InProcess) else 0.2
+        share = SHARE_IN_PROCESS if isinstance(launcher, InProcess) else SHARE
         watch = Watch(missing, progress, lambda: write(running=True), share)
         try:
             if missing:
