@@ -175,7 +175,7 @@ def test_workers_give_the_numbers_of_one_process(compare, alone, tmp_path):
     assert (again.status, "2 of 2 runs are done already" in again.err) == (0, True)
 
 
-def test_what_befalls_one_run_leaves_the_others_alone(compare, tmp_path, monkeypatch):
+def test_what_befalls_one_run_leaves_the_others_alone(compare, alone, tmp_path, monkeypatch):
     """A worker is killed, another meets an error that nobody foresaw: the rest goes on, and those two are retried."""
     out, words = tmp_path / "out", ["--steps", 6, "--variants", "mha,mfa_kr,mqa", "--seeds", 0]
     killed, spoilt = out / "runs" / "mha-seed0", out / "runs" / "mfa_kr-seed0"
@@ -215,6 +215,8 @@ def test_what_befalls_one_run_leaves_the_others_alone(compare, tmp_path, monkeyp
     assert (again.status, trained) == (0, ["mha-seed0", "mfa_kr-seed0"])
     assert set(statuses(out).values()) == {"done"}
     assert not list(out.rglob("failed.json"))
+    for name in statuses(alone):
+        assert metrics(out, name) == metrics(alone, name)
 
 
 def test_sigterm_stops_the_workers_and_gathers(text, tmp_path):
@@ -241,6 +243,7 @@ def test_sigterm_stops_the_workers_and_gathers(text, tmp_path):
     assert not any(map(is_alive, workers))
     assert set(statuses(out).values()) <= {"stopped", "missing"}
     assert results(out)["running"] is False
+    assert all(list((run / "checkpoints").glob("step-*")) for run in runs)
     assert_nothing_is_left(out)
 
 

@@ -71,8 +71,8 @@ def test_the_readme_from_top_to_bottom(folder):
             words = shlex.split(line, comments=True)
             if words[:1] != ["multimatrix"]:
                 continue
-            # Training takes minutes, so comparisons stop after reading the text and matching the sizes.
-            words += ["--dry-run"] if words[1] == "compare" else []
+            # Training takes minutes, so it stops after reading the text and matching the sizes.
+            words += ["--dry-run"] if words[1] in ("compare", "train") else []
             done = multimatrix(*("bpe:300" if word == "bpe:4096" else word for word in words[1:]))
             assert done.status == 0, (line, done.err)
             assert done.out.strip(), line

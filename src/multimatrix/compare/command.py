@@ -12,7 +12,7 @@ from rich.table import Table
 
 from multimatrix.compare import report
 from multimatrix.compare.configuration import make_comparison
-from multimatrix.compare.interrupt import Terminated, stop_on_sigterm
+from multimatrix.compare.interrupt import stop_on_sigterm
 from multimatrix.compare.launch import Launcher, make_launcher
 from multimatrix.compare.matching import Candidate
 from multimatrix.compare.prepare import Prepared, prepare
@@ -20,8 +20,9 @@ from multimatrix.compare.progress import Progress
 from multimatrix.compare.run import run_comparison
 from multimatrix.environment import command_line
 from multimatrix.errors import InputError
+from multimatrix.train.protocol import STOPPED, RunStopped
 
-INTERRUPTED, STOPPED = 130, 75
+INTERRUPTED = 130
 
 
 def run_command(
@@ -58,7 +59,7 @@ def run_command(
     except KeyboardInterrupt as interrupt:
         progress.close()
         progress.say(f"interrupted; what was finished is in {directory}, and the same command goes on from there")
-        return STOPPED if isinstance(interrupt, Terminated) else INTERRUPTED
+        return STOPPED if isinstance(interrupt, RunStopped) else INTERRUPTED
     except OSError as error:
         where = error.filename or directory
         raise InputError(

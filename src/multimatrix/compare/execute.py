@@ -15,10 +15,11 @@ from multimatrix.compare.folder import FAILURE, RESULT, RUN_LOCK
 from multimatrix.compare.prepare import Prepared, Run
 from multimatrix.environment import environment
 from multimatrix.errors import InputError, one_line
-from multimatrix.evaluate.measure import PeakMemory, counted_kv_bytes_per_token, decode_tokens_per_second
-from multimatrix.files import write_json, writing
+from multimatrix.evaluate.measure import counted_kv_bytes_per_token, decode_tokens_per_second
+from multimatrix.files import write_json
 from multimatrix.locks import locked
-from multimatrix.train.run import RunFailed, train
+from multimatrix.train.protocol import RunFailed
+from multimatrix.train.run import train
 
 # Errors of a disk on which no other run could write either.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -26,10 +27,17 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 PATIENCE = 60.0
 
 
-def attempt(prepared: Prepared, run: Run, command: str, show: Callable[[dict[str, Any]], None]) -> str | None:
+def attempt(
+    prepared: Prepared,
+    run: Run,
+    command: str,
+    show: Callable[[dict[str, Any]], None],
+    say: Callable[[str], None],
+) -> str | None:
     """Train and measure one run; None when it is done, else why it failed, which failed.json says too.
 
-    show: gets every metrics row. Nothing that goes wrong with the run itself is raised, for the others go on.
+    show: gets every metrics row. say: gets one line for the person who waits. Nothing that goes wrong with the run
+    itself is raised, for the others go on.
 
     Raises:
         OSError: the disk is full or read-only.
@@ -42,7 +50,7 @@ def attempt(prepared: Prepared, run: Run, command: str, show: Callable[[dict[str
         return str(error)  # failed.json is not ours to write then
     try:
         (run.directory / FAILURE).unlink(missing_ok=True)
-        _execute(prepared, run, command, show)
+        _execute(prepared, run, command, show, say)
         return None
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK:
@@ -65,10 +73,15 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-def _execute(prepared: Prepared, run: Run, command: str, show: Callable[[dict[str, Any]], None]) -> None:
+def _execute(
+    prepared: Prepared,
+    run: Run,
+    command: str,
+    show: Callable[[dict[str, Any]], None],
+    say: Callable[[str], None],
+) -> None:
     """Train and measure one run; its result.json is written last, so that it is there only when all is done."""
     start = time.perf_counter()
-    memory = PeakMemory(prepared.device)
     trained = train(
         run.config,
         prepared.text,
@@ -76,14 +89,15 @@ def _execute(prepared: Prepared, run: Run, command: str, show: Callable[[dict[st
         seed=run.seed,
         directory=run.directory,
         device=prepared.device,
+        execution=prepared.comparison.execution(),
+        identity=run.identity,
         on_step=show,
+        say=lambda line: say(f"{run.name}: {line}"),
     )
-    peak = memory.bytes()
     context = prepared.protocol.context
     decode_speed = decode_tokens_per_second(trained.model, context=max(1, context // 2), tokens=min(64, context // 2))
     where = environment(prepared.device)
-    # For the model card: whoever gets the checkpoint alone must know how it was made.
-    trained.model.config.provenance = {
+    provenance = {
         "protocol": dataclasses.asdict(prepared.protocol),
         "corpus": prepared.corpus,
         "tokens": prepared.protocol.tokens,
@@ -92,10 +106,7 @@ def _execute(prepared: Prepared, run: Run, command: str, show: Callable[[dict[st
         "environment": where,
         "command": command,
     }
-    folder = run.directory / "model"
-    with writing(folder):
-        trained.model.save_pretrained(folder)
-        prepared.tokenizer.save_pretrained(folder)
+    trained.save(run.directory / "model", prepared.tokenizer, provenance)
     # Stated bytes are at 16 bit, so the real cache is filled at 16 bit.
     counted = counted_kv_bytes_per_token(trained.model.to(torch.bfloat16), tokens=context)
     result = {
@@ -103,9 +114,10 @@ def _execute(prepared: Prepared, run: Run, command: str, show: Callable[[dict[st
         "validation_loss": trained.validation_loss,
         "train_tokens_per_second": trained.tokens_per_second,
         "decode_tokens_per_second": decode_speed,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": trained.peak_memory_bytes,
         "kv_bytes_per_token_counted": counted,
         "wall_seconds": time.perf_counter() - start,
         "environment": where,
     }
     write_json(run.directory / RESULT, result)
+    run.drop_checkpoints()

@@ -5,14 +5,13 @@ All of it is read from files, so that every process and every later command sees
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from multimatrix.errors import InputError
 from multimatrix.locks import is_locked, is_open_for_work
+from multimatrix.train.folder import check_free, read_ours, refuse_difference
 
 if TYPE_CHECKING:
     from multimatrix.compare.prepare import Prepared
@@ -44,14 +43,14 @@ class State(NamedTuple):
 def claim(out: Path, prepared: Prepared) -> dict[str, Any]:
     """The resolved settings of this comparison; InputError where `out` belongs to another one."""
     settings = {
-        **dataclasses.asdict(prepared.comparison),
+        **prepared.comparison.deciding(),
         "precision": prepared.protocol.precision,
         "corpus_sha256": prepared.corpus["sha256"],
     }
     settings = json.loads(json.dumps(settings))
     path = out / "config.json"
     if path.is_file():
-        found = read_ours(path, ("variants", "seeds", "sizes", "corpus_sha256"), "choose another --out")
+        found = read_ours(path, ("variants", "seeds", "sizes", "corpus_sha256"), "compare", "choose another --out")
         # More variants or seeds continue a comparison; fewer would drop finished rows from its tables.
         for name in ("variants", "seeds", "sizes"):
             dropped = [item for item in found[name] if item not in settings[name]]
@@ -61,36 +60,10 @@ def claim(out: Path, prepared: Prepared) -> dict[str, Any]:
                     "name them again or choose another --out"
                 )
             found[name] = settings[name]
-        refuse_difference(out, found, settings)
-    elif out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; choose another --out")
-    elif out.exists() and any(path.name != LOCK for path in out.iterdir()):
-        raise InputError(f"{out} is not empty and holds no comparison of ours; choose another --out")
+        refuse_difference(out, found, settings, "comparison")
+    else:
+        check_free(out, "comparison", besides=LOCK)
     return settings
-
-
-def read_ours(path: Path, keys: Sequence[str], way_out: str) -> dict[str, Any]:
-    """What a comparison stored in `path`; InputError where it is damaged or somebody else's."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or any(key not in found for key in keys):
-        raise InputError(f"{path} is damaged, or was not written by multimatrix compare; {way_out}")
-    return found
-
-
-def refuse_difference(directory: Path, found: dict[str, Any], wanted: dict[str, Any], within: str = "") -> None:
-    """InputError that names the first setting in which two configurations differ."""
-    for name in dict.fromkeys([*wanted, *found]):
-        old, new = found.get(name), wanted.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            refuse_difference(directory, old, new, f"{within}{name}.")
-        elif old != new:
-            raise InputError(
-                f"{directory} was made with {within}{name} = {old} and this comparison has {new}; "
-                "choose another --out or the same settings"
-            )
 
 
 def state_of(directory: Path) -> State:

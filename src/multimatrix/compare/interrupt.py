@@ -8,14 +8,15 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-
-class Terminated(KeyboardInterrupt):
-    """Somebody sent SIGTERM."""
+from multimatrix.train.protocol import RunStopped
 
 
 @contextlib.contextmanager
 def stop_on_sigterm() -> Iterator[None]:
-    """Raise Terminated in the main thread on SIGTERM; elsewhere, where no handler can be set, change nothing."""
+    """Raise RunStopped in the main thread on SIGTERM; elsewhere, where no handler can be set, change nothing.
+
+    A run that is trained in this process takes the signal over meanwhile, and raises the same after a checkpoint.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -27,4 +28,4 @@ def stop_on_sigterm() -> Iterator[None]:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+    raise RunStopped("stopped by SIGTERM")

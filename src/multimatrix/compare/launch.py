@@ -34,6 +34,9 @@ class Watcher(Protocol):
     def end(self, run: Run, reason: str | None) -> None:
         """It is done, or failed for this reason."""
 
+    def say(self, text: str) -> None:
+        """A line for the person who waits."""
+
     def tick(self) -> None:
         """Some time has passed; called every second or so while several runs are under way."""
 
@@ -74,7 +77,7 @@ class InProcess:
     def launch(self, prepared: Prepared, runs: Sequence[Run], out: Path, command: str, watcher: Watcher) -> None:
         for run in runs:
             watcher.start(run)
-            reason = attempt(prepared, run, command, functools.partial(watcher.row, run))
+            reason = attempt(prepared, run, command, functools.partial(watcher.row, run), watcher.say)
             gc.collect()  # what a run that failed held must not be missing to the next
             if prepared.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -49,6 +49,9 @@ class Watch:
             self._progress.say(f"{run.name} failed: {reason}")
         self._refresh()
 
+    def say(self, text: str) -> None:
+        self._progress.say(text)
+
     def tick(self) -> None:
         if time.monotonic() >= self._next:
             self._refresh()

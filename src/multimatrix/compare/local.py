@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from multimatrix.compare.execute import DISK, PATIENCE, record_failure
 from multimatrix.compare.folder import FAILURE, METRICS, SHARED, state_of
@@ -155,8 +156,7 @@ def share(prepared: Prepared, runs: Sequence[Run], command: str, shared: Path) -
     shared.mkdir(parents=True)
     for side in SIDES:
         np.save(shared / f"{side}.npy", getattr(prepared.text, side))
-    text = dataclasses.replace(prepared.text, train=prepared.text.train[:0], validation=prepared.text.validation[:0])
-    bare = dataclasses.replace(prepared, text=text)
+    bare = _with_blocks(prepared, prepared.text.train[:0], prepared.text.validation[:0])
     (shared / PREPARED).write_bytes(pickle.dumps((bare, list(runs), command)))
 
 
@@ -164,10 +164,13 @@ def read_shared(shared: Path, name: str) -> tuple[Prepared, Run, str]:
     """The comparison, one run of it, and the command, as `share` wrote them; the text is mapped, not read."""
     prepared, runs, command = pickle.loads((shared / PREPARED).read_bytes())
     train, validation = (np.load(shared / f"{side}.npy", mmap_mode="r") for side in SIDES)
-    prepared = dataclasses.replace(
-        prepared, text=dataclasses.replace(prepared.text, train=train, validation=validation)
-    )
+    prepared = _with_blocks(prepared, train, validation)
     return prepared, next(run for run in runs if run.name == name), command
+
+
+def _with_blocks(prepared: Prepared, train: NDArray[np.int32], validation: NDArray[np.int32]) -> Prepared:
+    text = dataclasses.replace(prepared.text, train=train, validation=validation)
+    return dataclasses.replace(prepared, source=dataclasses.replace(prepared.source, text=text))
 
 
 class Tail:

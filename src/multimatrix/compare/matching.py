@@ -80,7 +80,7 @@ def match(comparison: Comparison, vocab_size: int) -> list[Candidate]:
     )
     layers = comparison.num_hidden_layers
     shared: dict[str, Any] = {"vocab_size": vocab_size, "tie_word_embeddings": comparison.tie_word_embeddings}
-    width, experts = comparison.baseline_intermediate_size, comparison.experts
+    width, experts = comparison.feed_forward_width, comparison.experts
     target = decoder_parameters(
         [specs[comparison.baseline]] * layers, intermediate_size=width, experts=experts, **shared
     )

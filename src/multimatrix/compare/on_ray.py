@@ -100,7 +100,7 @@ def _train(prepared: Prepared, run: Run, command: str) -> str | None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    return attempt(prepared, run, command, lambda row: None)
+    return attempt(prepared, run, command, lambda row: None, print)
 
 
 def _outcome(reference: Any, run: Run) -> str | None:

@@ -18,12 +18,13 @@ from rich.text import Text
 
 from multimatrix import __version__
 from multimatrix.compare import figures, report
-from multimatrix.compare.folder import FAILURE, LOCK, METRICS, RESULT, State, read_ours, state_of
+from multimatrix.compare.folder import FAILURE, LOCK, METRICS, RESULT, State, state_of
 from multimatrix.compare.results import gather, latest
 from multimatrix.compare.style import OTHER_COLOURS, STYLES, format_bytes
 from multimatrix.errors import InputError
 from multimatrix.files import write_json, write_text
 from multimatrix.locks import is_locked, locked
+from multimatrix.train.folder import read_ours
 
 DRAWN = 24  # curves that can still be told apart
 DESCRIBED = ("rows", "runs", "config", "corpus", "tokens", "device_type", "sharing")
@@ -70,7 +71,7 @@ def write_overview(folder: Path) -> Overview:
 def _comparison(folder: Path) -> Overview:
     """The report of a comparison made anew from its runs; its results too, unless somebody is at work on them."""
     way_out = "run the comparison again, or give another folder"
-    description = read_ours(folder / "results.json", DESCRIBED, way_out)
+    description = read_ours(folder / "results.json", DESCRIBED, "compare", way_out)
 
     def render(at_work: bool) -> dict[str, Any]:
         states = {run["directory"]: state_of(folder / run["directory"]) for run in description["runs"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,28 +13,36 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from multimatrix.compare.configuration import Comparison
-from multimatrix.compare.folder import MEASURED, RESULT, read_ours, refuse_difference
+from multimatrix.compare.folder import MEASURED, RESULT
 from multimatrix.compare.matching import Candidate, match
-from multimatrix.data import PackedText, load_corpus, load_tokenizer, pack
-from multimatrix.errors import InputError
+from multimatrix.data import PackedText, PreparedText, prepare_text
 from multimatrix.model.configuration import MultimatrixConfig
-from multimatrix.train.run import Protocol
+from multimatrix.train.folder import read_ours, refuse_difference
+from multimatrix.train.protocol import Protocol
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A comparison whose text is read and whose sizes are matched; nothing is trained yet.
-
-    corpus: what the models read, without the documents; the hash is over the documents.
-    """
+    """A comparison whose text is read and whose sizes are matched; nothing is trained yet."""
 
     comparison: Comparison
     candidates: list[Candidate]
     protocol: Protocol
     device: torch.device
-    corpus: dict[str, Any]
-    tokenizer: PreTrainedTokenizerFast
-    text: PackedText
+    source: PreparedText
+
+    @property
+    def text(self) -> PackedText:
+        return self.source.text
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return self.source.tokenizer
+
+    @property
+    def corpus(self) -> dict[str, Any]:
+        """What the models read; the hash is over the documents."""
+        return self.source.facts
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,10 @@ class Run:
     def name(self) -> str:
         return f"{self.candidate.label}-seed{self.seed}"
 
+    def drop_checkpoints(self) -> None:
+        """A finished run needs none."""
+        shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)
+
     def finished(self) -> dict[str, Any] | None:
         """The stored result, or None where the run is not done.
 
@@ -59,8 +72,8 @@ class Run:
         path = self.directory / RESULT
         if not path.is_file():
             return None
-        stored = read_ours(path, ("identity", *MEASURED), "delete it to train that run again")
-        refuse_difference(self.directory, stored["identity"], self.identity)
+        stored = read_ours(path, ("identity", *MEASURED), "compare", "delete it to train that run again")
+        refuse_difference(self.directory, stored["identity"], self.identity, "comparison")
         return stored
 
 
@@ -75,31 +88,16 @@ def prepare(comparison: Comparison, *, device_type: str, say: Callable[[str], No
     # Sizes first: they fail in a blink, and reading a corpus may take minutes.
     match(comparison, vocab_size=257)
     say("reading the text")
-    corpus = load_corpus(comparison.data, validation_fraction=comparison.validation_fraction)
-    tokenizer = load_tokenizer(comparison.tokenizer, corpus.train)
-    text = pack(corpus, tokenizer, comparison.context)
-    if len(text.train) < comparison.batch_size:
-        raise InputError(
-            f"the train text has {len(text.train)} blocks of {comparison.context} tokens and one step needs "
-            f"{comparison.batch_size}; set the batch size to at most {len(text.train)} or add text"
-        )
-    # Whole batches only, so that every step sees the tokens that are counted for it.
-    train_blocks = len(text.train) // comparison.batch_size * comparison.batch_size
-    validation_blocks = max(1, comparison.validation_tokens // comparison.context)
-    text = dataclasses.replace(text, train=text.train[:train_blocks], validation=text.validation[:validation_blocks])
-    facts = {
-        "name": corpus.name,
-        "sha256": corpus.sha256,
-        "documents": len(corpus.train) + len(corpus.validation),
-        "duplicates_dropped": corpus.duplicates,
-        "tokenizer": comparison.tokenizer,
-        "vocab_size": text.vocab_size,
-        "bytes_per_token": text.validation_bytes_per_token,
-        "train_tokens": int(text.train.size),
-        "validation_tokens": int(text.validation.size),
-    }
-    protocol, device = comparison.protocol(device_type), torch.device(device_type)
-    return Prepared(comparison, match(comparison, text.vocab_size), protocol, device, facts, tokenizer, text)
+    source = prepare_text(
+        comparison.data,
+        comparison.tokenizer,
+        context=comparison.context,
+        batch_size=comparison.batch_size,
+        validation_fraction=comparison.validation_fraction,
+        validation_tokens=comparison.validation_tokens,
+    )
+    candidates = match(comparison, source.text.vocab_size)
+    return Prepared(comparison, candidates, comparison.protocol(device_type), torch.device(device_type), source)
 
 
 def make_runs(prepared: Prepared, out: Path) -> list[Run]:
@@ -112,23 +110,12 @@ def make_runs(prepared: Prepared, out: Path) -> list[Run]:
 
 
 def _make_run(prepared: Prepared, out: Path, candidate: Candidate, seed: int) -> Run:
-    comparison = prepared.comparison
-    config = MultimatrixConfig(
-        vocab_size=prepared.text.vocab_size,
-        hidden_size=comparison.hidden_size,
+    config = prepared.comparison.model_config(
+        candidate.spec,
+        prepared.tokenizer,
+        prepared.text.vocab_size,
         intermediate_size=candidate.intermediate_size,
-        num_hidden_layers=comparison.num_hidden_layers,
-        max_position_embeddings=comparison.positions,
-        attention=candidate.spec.to_dict(),
-        rope_parameters={"rope_type": "default", "rope_theta": comparison.rope_theta},
-        tie_word_embeddings=comparison.tie_word_embeddings,
-        depth_scaled_init=comparison.depth_scaled_init,
-        initializer_range=comparison.initial_std,
-        zero_init_output=comparison.zero_init_output,
-        mixture_of_experts=candidate.experts.to_dict() if candidate.experts is not None else None,
-        bos_token_id=prepared.tokenizer.bos_token_id,
-        eos_token_id=prepared.tokenizer.eos_token_id,
-        pad_token_id=prepared.tokenizer.pad_token_id,
+        experts=candidate.experts,
     )
     identity = {
         "variant": candidate.label,

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
-SHOWN = ("loss", "validation_loss", "learning_rate", "tokens_per_second")
+from multimatrix.train.progress import row_text
 
 
 class Progress:
@@ -47,8 +47,7 @@ class Progress:
             self._numbers[name] |= row
             self._bars.update(self._tasks[name], completed=row["step"], numbers=_short(self._numbers[name]))
         elif self._bars is None:
-            text = ", ".join(f"{key.replace('_', ' ')} {row[key]:.4g}" for key in SHOWN if key in row)
-            print(f"{name} step {row['step']}/{self.steps}: {text}", file=sys.stderr, flush=True)
+            print(f"{name} {row_text(row, self.steps)}", file=sys.stderr, flush=True)
 
     def end(self, name: str) -> None:
         """The run `name` is no longer under way."""

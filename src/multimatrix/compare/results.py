@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multimatrix import __version__
-from multimatrix.compare.folder import MEASURED, METRICS, RESULT, State, read_ours
+from multimatrix.compare.folder import MEASURED, METRICS, RESULT, State
 from multimatrix.compare.statistics import judge, summary
+from multimatrix.train.folder import read_ours
 
 if TYPE_CHECKING:
     from multimatrix.compare.prepare import Prepared, Run
@@ -68,7 +69,8 @@ def gather(description: dict[str, Any], out: Path, states: Mapping[str, State], 
         state = states[run["directory"]]
         if state.status == "done":
             path = out / run["directory"] / RESULT
-            stored[run["directory"]] = read_ours(path, ("identity", *MEASURED), "delete it to train that run again")
+            way_out = "delete it to train that run again"
+            stored[run["directory"]] = read_ours(path, ("identity", *MEASURED), "compare", way_out)
         step = run["steps"] if state.status == "done" else latest(out / run["directory"] / METRICS).get("step", 0)
         runs.append({**run, "status": state.status, "reason": state.reason, "step": step})
     done = {

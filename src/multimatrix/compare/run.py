@@ -37,6 +37,9 @@ def run_comparison(
         settings = claim(out, prepared)
         runs = make_runs(prepared, out)
         missing = [run for run in runs if run.finished() is None]
+        for run in runs:
+            if run not in missing:
+                run.drop_checkpoints()  # it may have been stopped before it did
         if len(missing) < len(runs):
             progress.say(f"{len(runs) - len(missing)} of {len(runs)} runs are done already")
         write_json(out / "config.json", settings)

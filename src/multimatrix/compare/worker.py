@@ -24,7 +24,7 @@ def main(shared: str, name: str) -> int:
     try:
         with stop_on_sigterm():
             prepared, run, command = read_shared(Path(shared), name)
-            return 0 if attempt(prepared, run, command, _ignore) is None else FAILED
+            return 0 if attempt(prepared, run, command, _ignore, print) is None else FAILED
     except KeyboardInterrupt:
         return STOPPED
     except OSError as error:

@@ -2,6 +2,17 @@
 
 from multimatrix.data.corpus import Corpus, load_corpus, read_documents
 from multimatrix.data.packing import BlockDataset, PackedText, pack
+from multimatrix.data.prepare import PreparedText, prepare_text
 from multimatrix.data.tokenizer import load_tokenizer
 
-__all__ = ["BlockDataset", "Corpus", "PackedText", "load_corpus", "load_tokenizer", "pack", "read_documents"]
+__all__ = [
+    "BlockDataset",
+    "Corpus",
+    "PackedText",
+    "PreparedText",
+    "load_corpus",
+    "load_tokenizer",
+    "pack",
+    "prepare_text",
+    "read_documents",
+]

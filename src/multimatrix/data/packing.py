@@ -49,6 +49,33 @@ class BlockDataset(torch.utils.data.Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
+class OrderedBlocks(BlockDataset):
+    """Blocks in the order of training: pass after pass, each in a random order of its own.
+
+    What is at an index depends on the seed, the index and the blocks alone, never on who asks or what was asked before.
+    So the order is the same for any number of processes, and wherever a run goes on.
+
+    length: how many blocks training takes.
+    """
+
+    def __init__(self, blocks: NDArray[np.int32], length: int, seed: int) -> None:
+        super().__init__(blocks)
+        self.length = length
+        self.seed = seed
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        epoch, place = divmod(index, len(self.blocks))
+        if epoch != self._epoch:
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.blocks))
+            self._epoch = epoch
+        return super().__getitem__(int(self._order[place]))
+
+
 def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, context: int) -> PackedText:
     """Join the documents of each side, each followed by eos, and cut them into blocks of `context` tokens.
 

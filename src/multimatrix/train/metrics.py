@@ -1,0 +1,73 @@
+"""metrics.jsonl: a row per logged step and per evaluation, none twice and none missing, however often a run starts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from multimatrix.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # a system without POSIX locks has no protection against two starts at once
+    fcntl = None  # type: ignore[assignment]
+
+
+class MetricsFile:
+    """The rows of a run. up_to: the step from which the run goes on; later rows are dropped."""
+
+    def __init__(self, file: IO[bytes], up_to: int) -> None:
+        self._file = file
+        end = 0
+        file.seek(0)
+        for line in file:
+            row = _row(line)
+            if row is None or row["step"] > up_to:
+                break
+            end += len(line)
+        file.seek(end)
+        file.truncate()
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Have the rows on the disk before a checkpoint says that they are there."""
+        os.fsync(self._file.fileno())
+
+
+@contextlib.contextmanager
+def metrics_file(path: Path, up_to: int) -> Iterator[MetricsFile]:
+    """The file, held by this process alone.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with path.open("r+b") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"another process is training in {path.parent}; wait for it, stop it, or choose another --out"
+                ) from error
+            except OSError:  # a file system that knows no locks
+                pass
+        yield MetricsFile(file, up_to)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row of a whole line; None where a kill cut it or it is none of ours."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    whole = line.endswith(b"\n") and isinstance(row, dict) and isinstance(row.get("step"), int)
+    return row if whole else None
