@@ -238,7 +238,7 @@ def test_sigterm_stops_the_workers_and_gathers(text, tmp_path):
         err.seek(0)
         said = err.read()
     assert status == 75, said
-    assert "interrupted; what was finished is in" in said
+    assert "stopped by SIGTERM; what was finished is in" in said
     assert "Traceback" not in said
     assert not any(map(is_alive, workers))
     assert set(statuses(out).values()) <= {"stopped", "missing"}

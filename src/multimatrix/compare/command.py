@@ -58,8 +58,10 @@ def run_command(
             results = run_comparison(prepared, directory, chosen, command=command_line(), progress=progress)
     except KeyboardInterrupt as interrupt:
         progress.close()
-        progress.say(f"interrupted; what was finished is in {directory}, and the same command goes on from there")
-        return STOPPED if isinstance(interrupt, RunStopped) else INTERRUPTED
+        stopped = isinstance(interrupt, RunStopped)
+        what = interrupt if stopped else "interrupted"
+        progress.say(f"{what}; what was finished is in {directory}, and the same command goes on from there")
+        return STOPPED if stopped else INTERRUPTED
     except OSError as error:
         where = error.filename or directory
         raise InputError(

@@ -57,7 +57,7 @@ class Checkpoints:
         Raises:
             InputError: it is of a run with other settings.
         """
-        self._first_does(self._tidy)
+        processes.first_does(self._tidy)
         for step in processes.of_first(sorted(self._steps(), reverse=True)):
             path = self._path(step)
             reason = self._damage(path)
@@ -77,7 +77,7 @@ class Checkpoints:
             OSError: it cannot be written, for example because the disk is full; the older ones are as they were.
         """
         temporary = self.folder / f".step-{step}.writing"
-        self._first_does(lambda: _make_empty(temporary))
+        processes.first_does(lambda: _make_empty(temporary))
         problem: OSError | None = None
         files: dict[str, Any] = {}
         try:
@@ -90,10 +90,10 @@ class Checkpoints:
                 raise
         problem = next((other for other in processes.gathered(problem) if other is not None), None)
         if problem is not None:
-            self._first_does(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            processes.first_does(lambda: shutil.rmtree(temporary, ignore_errors=True))
             raise problem
         every = processes.gathered(files)
-        self._first_does(lambda: self._complete(step, temporary, {k: v for part in every for k, v in part.items()}))
+        processes.first_does(lambda: self._complete(step, temporary, {k: v for part in every for k, v in part.items()}))
 
     def _complete(self, step: int, temporary: Path, files: dict[str, Any]) -> None:
         try:
@@ -145,19 +145,6 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step}"
-
-    @staticmethod
-    def _first_does(action: Callable[[], None]) -> None:
-        """Let the first process do it, and all of them fail where it fails."""
-        problem: OSError | None = None
-        if processes.number() == 0:
-            try:
-                action()
-            except OSError as error:
-                problem = error
-        problem = processes.of_first(problem)
-        if problem is not None:
-            raise problem
 
 
 def _make_empty(folder: Path) -> None:

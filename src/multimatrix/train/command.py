@@ -88,12 +88,12 @@ def _run(training: Training, out: Path, *, dry_run: bool) -> int:
     identity = json.loads(json.dumps(identity))
     try:
         return _train(training, protocol, spec, prepared, identity, out, device, say)
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from the last checkpoint")
-        return INTERRUPTED
     except RunStopped as stopped:
         say(f"{stopped}; the same command goes on from there")
         return STOPPED
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from the last checkpoint")
+        return INTERRUPTED
     except (RunFailed, torch.OutOfMemoryError) as error:
         if isinstance(error, torch.OutOfMemoryError) or processes.is_first():
             _say(f"multimatrix: the run failed: {one_line(error)}; the checkpoints in {out} are kept")
@@ -121,9 +121,11 @@ def _train(
         if processes.is_first():
             _tell(f"{out} is done already")
         return 0
-    if processes.is_first():
+
+    def begin() -> None:
         write_json(out / "config.json", identity)
         write_json(out / "environment.json", {"command": command_line(), **environment(device)})
+
     line = Line(protocol.steps)
     try:
         trained = train(
@@ -141,6 +143,7 @@ def _train(
             device=device,
             execution=training.execution(),
             identity=identity,
+            begin=begin,
             on_step=line.show,
             say=say,
         )

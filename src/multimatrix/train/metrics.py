@@ -18,19 +18,22 @@ except ImportError:  # a system without POSIX locks has no protection against tw
 
 
 class MetricsFile:
-    """The rows of a run. up_to: the step from which the run goes on; later rows are dropped."""
+    """The rows of a run."""
 
-    def __init__(self, file: IO[bytes], up_to: int) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+
+    def cut(self, step: int) -> None:
+        """Drop the rows after this step, from which the run goes on."""
         end = 0
-        file.seek(0)
-        for line in file:
+        self._file.seek(0)
+        for line in self._file:
             row = _row(line)
-            if row is None or row["step"] > up_to:
+            if row is None or row["step"] > step:
                 break
             end += len(line)
-        file.seek(end)
-        file.truncate()
+        self._file.seek(end)
+        self._file.truncate()
 
     def write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row).encode() + b"\n")
@@ -42,15 +45,14 @@ class MetricsFile:
 
 
 @contextlib.contextmanager
-def metrics_file(path: Path, up_to: int) -> Iterator[MetricsFile]:
-    """The file, held by this process alone.
+def metrics_file(path: Path) -> Iterator[MetricsFile]:
+    """The file, held by this process alone, and with it the run.
 
     Raises:
         InputError: another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    with path.open("r+b") as file:
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,7 +62,7 @@ def metrics_file(path: Path, up_to: int) -> Iterator[MetricsFile]:
                 ) from error
             except OSError:  # a file system that knows no locks
                 pass
-        yield MetricsFile(file, up_to)
+        yield MetricsFile(file)
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -17,10 +17,9 @@ from torch import nn
 class MuonWithAdamW(torch.optim.Optimizer):
     """Two optimizers of torch that share one list of groups and one state."""
 
-    def __init__(self, matrices: list[nn.Parameter], others: list[dict[str, Any]], *, lr: float, **adamw: Any) -> None:
-        decay = max(group["weight_decay"] for group in others)
-        self.muon = torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        self.adamw = torch.optim.AdamW(others, lr=lr, **adamw)
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+        self.muon = muon
+        self.adamw = adamw
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self._share()
 
@@ -56,4 +55,7 @@ def muon_with_adamw(model: nn.Module, decayed: Collection[str], *, lr: float, we
         {"params": [parameter for is_decayed, parameter in others if is_decayed], "weight_decay": weight_decay},
         {"params": [parameter for is_decayed, parameter in others if not is_decayed], "weight_decay": 0.0},
     ]
-    return MuonWithAdamW(matrices, [group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.95))
+    return MuonWithAdamW(
+        torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.95)),
+    )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+
+from multimatrix.errors import InputError
 
 
 def started() -> int:
@@ -58,3 +61,16 @@ def of_first(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def first_does(action: Callable[[], None]) -> None:
+    """Let the first process do it, and all of them fail where it fails for a reason that the user can mend."""
+    problem: Exception | None = None
+    if number() == 0:
+        try:
+            action()
+        except (OSError, InputError) as error:
+            problem = error
+    problem = of_first(problem)
+    if problem is not None:
+        raise problem

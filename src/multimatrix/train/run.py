@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.modeling import MultimatrixForCausalLM
 from multimatrix.train import processes
 from multimatrix.train.arguments import make_arguments
-from multimatrix.train.checkpoints import Checkpoint, Checkpoints
+from multimatrix.train.checkpoints import Checkpoints
 from multimatrix.train.metrics import MetricsFile, metrics_file
 from multimatrix.train.protocol import Execution, Protocol, RunFailed, RunStopped
 from multimatrix.train.recorder import Recorder
@@ -64,6 +64,7 @@ def train(
     identity: dict[str, Any] | None = None,
     flops_per_token: float | None = None,
     peak_flops_per_second: float | None = None,
+    begin: Callable[[], None] = lambda: None,
     on_step: Callable[[dict[str, Any]], None] = lambda row: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> TrainedRun:
@@ -75,8 +76,8 @@ def train(
 
     seed: of the initial weights and of the data order, which is the same for every model of that seed and for any
     number of processes. identity: what decides the result; checkpoints of another one are refused. flops_per_token,
-    peak_flops_per_second: see `Recorder`. on_step: sees every metrics row as it is written. say: gets one line for the
-    person who waits.
+    peak_flops_per_second: see `Recorder`. begin: called in the first process once the folder is its own. on_step: sees
+    every metrics row as it is written. say: gets one line for the person who waits.
 
     Raises:
         RunFailed: the loss is no longer a number; the checkpoints from before are kept.
@@ -94,21 +95,31 @@ def train(
         device=device,
         validation_blocks=len(text.validation),
     )
-    set_seed(seed)
-    model = MultimatrixForCausalLM(config)
-    if execution.activation_checkpointing and arguments.fsdp_plugin_args is None:
-        model.gradient_checkpointing_enable()
     checkpoints = Checkpoints(directory / "checkpoints", identity or {}, keep=execution.keep_checkpoints, say=say)
-    found = checkpoints.newest()
-    if found is not None:
-        say(f"continuing from the checkpoint of step {found.step}")
-    with _metrics(directory, found) as metrics, stop_requests() as stop:
+    with contextlib.ExitStack() as stack:
+        # Whoever holds the metrics holds the run; nothing is touched before.
+        opened: list[MetricsFile] = []
+        processes.first_does(lambda: opened.append(stack.enter_context(metrics_file(directory / "metrics.jsonl"))))
+        metrics = opened[0] if opened else None
+        processes.first_does(begin)
+        found = checkpoints.newest()
+        if found is not None:
+            say(f"continuing from the checkpoint of step {found.step}")
+        if metrics is not None:
+            metrics.cut(found.step if found is not None else 0)
+        stop = stack.enter_context(stop_requests())
 
         def write(row: dict[str, Any]) -> None:
             if metrics is not None:
                 metrics.write(row)
                 on_step(row)
 
+        set_seed(seed)
+        model = MultimatrixForCausalLM(config)
+        if execution.activation_checkpointing and arguments.fsdp_plugin_args is None:
+            # It was called otherwise before transformers 5.24.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
         recorder = Recorder(
             protocol,
             arguments.device,
@@ -140,13 +151,3 @@ def train(
         recorder.tokens_per_second,
         recorder.memory.bytes(),
     )
-
-
-@contextlib.contextmanager
-def _metrics(directory: Path, found: Checkpoint | None) -> Iterator[MetricsFile | None]:
-    """The metrics file in the first process, None in the others."""
-    if processes.number() > 0:
-        yield None
-        return
-    with metrics_file(directory / "metrics.jsonl", up_to=found.step if found is not None else 0) as file:
-        yield file
