@@ -24,7 +24,7 @@ from multimatrix.train.run import train
 # Errors of a disk on which no other run could write either.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # Seconds that a run waits for the process that trained it before, and was told to stop, to write its checkpoint.
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 
 def attempt(
@@ -68,7 +68,7 @@ def record_failure(run: Run, reason: str, details: str | None = None) -> str:
 
 def _reason(error: Exception) -> str:
     """Why the run failed, in a line; what nobody foresaw is named by its kind."""
-    if isinstance(error, RunFailed | torch.OutOfMemoryError):
+    if isinstance(error, RunFailed | InputError | torch.OutOfMemoryError):
         return one_line(error)
     return f"{type(error).__name__}: {one_line(error)}"
 

@@ -62,17 +62,13 @@ class Launcher(Protocol):
 
 
 class InProcess:
-    """One run after the other in this process."""
+    """One run after the other in this process, on the first GPU that is visible."""
 
     workers: int = 1
     sharing: str | None = None
 
     def __init__(self) -> None:
-        devices = visible_gpus()
-        if len(devices) > 1:
-            # Trainer would split every batch over all it sees, and train on batches that many times as large.
-            os.environ["CUDA_VISIBLE_DEVICES"] = devices[0]
-        self.device_type = "cuda" if devices else "cpu"
+        self.device_type = "cuda" if visible_gpus() else "cpu"
 
     def launch(self, prepared: Prepared, runs: Sequence[Run], out: Path, command: str, watcher: Watcher) -> None:
         for run in runs:
@@ -111,7 +107,7 @@ def make_launcher(name: str | None, workers: int | None) -> Launcher:
 
 def visible_gpus() -> list[str]:
     """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; no CUDA context is made."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [name.strip() for name in named.split(",")] if named else [str(index) for index in range(count)]
     return names[:count]  # CUDA ignores what follows a name that it does not know

@@ -30,6 +30,8 @@ from multimatrix.compare.folder import FAILURE, METRICS, SHARED, state_of
 from multimatrix.compare.launch import Watcher, visible_gpus
 from multimatrix.compare.prepare import Prepared, Run
 
+# For the last words of a process that crashes.
+FLAGS = ("-u", "-X", "faulthandler")
 PREPARED = "prepared.pickle"
 SIDES = ("train", "validation")
 FAILED = 1  # exit status of a worker whose run failed; failed.json says why
@@ -95,7 +97,7 @@ class _Worker:
         (run.directory / FAILURE).unlink(missing_ok=True)
         with (run.directory / "log.txt").open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "multimatrix.compare.worker", str(shared), run.name],
+                [sys.executable, *FLAGS, "-m", "multimatrix.compare.worker", str(shared), run.name],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
