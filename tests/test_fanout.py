@@ -291,7 +291,7 @@ with locked(pathlib.Path({str(tmp_path / LOCK)!r}), ""):
 
 @pytest.mark.slow
 def test_random_kills_change_no_number(compare, text, tmp_path):
-    """SIGKILL for the comparison or for one of its workers at random moments, until all is done; then as undisturbed."""
+    """SIGKILL for the comparison or one of its workers at random moments until all is done: as if nothing had been."""
     settings = ["--steps", 2000, "--checkpoint-interval", 50, "--variants", "mha,mfa_kr", "--seeds", "0,1"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert compare(whole, *settings).status == 0
