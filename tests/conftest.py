@@ -9,6 +9,12 @@ import pytest
 import torch
 
 
+@pytest.fixture(scope="session", autouse=True)
+def token_cache(tmp_path_factory):
+    """Nothing is left in the cache of whoever runs the tests."""
+    os.environ["MULTIMATRIX_CACHE"] = str(tmp_path_factory.mktemp("tokens"))
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     torch.use_deterministic_algorithms(True)

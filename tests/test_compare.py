@@ -24,8 +24,9 @@ from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
 from command import Done, multimatrix
-from multimatrix.compare import execute, figures, live, prepare, report
+from multimatrix.compare import execute, figures, live, report
 from multimatrix.compare import run as compare_run
+from multimatrix.compare.configuration import Comparison
 from multimatrix.compare.progress import Progress
 from multimatrix.compare.results import loss_columns
 from multimatrix.compare.statistics import judge, summary
@@ -573,6 +574,52 @@ def test_an_interrupt_keeps_what_is_done_and_resumes(compare, tmp_path, monkeypa
     assert set(statuses(out).values()) == {"done"}
 
 
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_a_run_in_its_middle_goes_on_from_its_checkpoint(finished, compare, tmp_path, monkeypatch, how):
+    """And ends as it would have; with SIGTERM the checkpoint is one step old at most."""
+    out, name = tmp_path / "out", "mfa_kr-seed0"
+    train = train_run.train
+
+    def stopped(*args, directory, on_step, **words):
+        def stop(row):
+            on_step(row)
+            if row["step"] == 4 and directory.name == name and how == "SIGTERM":
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif row["step"] == 4 and directory.name == name:
+                raise KeyboardInterrupt
+
+        return train(*args, directory=directory, on_step=stop, **words)
+
+    words = [*TWO_RUNS, "--checkpoint-interval", 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(execute, "train", stopped)
+        done = compare(out, *words)
+    assert done.status == (75 if how == "SIGTERM" else 130)
+    assert statuses(out) == {"mha-seed0": "done", name: "stopped"}
+    assert not (out / "runs" / "mha-seed0" / "checkpoints").exists()
+    again = compare(out, *words)
+    assert again.status == 0, again.err
+    assert f"{name}: continuing from the checkpoint of step {5 if how == 'SIGTERM' else 3}" in again.err
+    weights = (folder / "runs" / name / "model" / "model.safetensors" for folder in (out, finished[0]))
+    assert next(weights).read_bytes() == next(weights).read_bytes()
+    assert [row.get("loss") for row in metrics(out, name)] == [row.get("loss") for row in metrics(finished[0], name)]
+    assert not (out / "runs" / name / "checkpoints").exists()
+
+
+def test_checkpoints_of_other_sizes_are_refused(compare, tmp_path, monkeypatch):
+    """Sizes may be added to a comparison, but not to a run that has begun; the others go on."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        fail_in_run(patch, "mfa_kr-seed0", KeyboardInterrupt())
+        compare(out, *TWO_RUNS)
+    done = compare(out, *TWO_RUNS, "--set", "mfa_kr.num_heads=3")
+    assert done.status == 1
+    reason = read(out / "results.json")["runs"][1]["reason"]
+    assert "num_heads = " in reason
+    assert "and this run has" in reason
+    assert f"mfa_kr-seed0 failed: {reason}" in done.err
+
+
 def test_an_interrupt_before_anything_is_done(compare, tmp_path, monkeypatch):
     out = tmp_path / "out"
     fail_in_run(monkeypatch, "mha-seed0", KeyboardInterrupt(), step=1)
@@ -585,7 +632,7 @@ def test_an_interrupt_while_the_text_is_read(compare, tmp_path, monkeypatch):
     def interrupt(*args, **words):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "prepare_text", interrupt)
+    monkeypatch.setattr(Comparison, "prepare_text", interrupt)
     done = compare(tmp_path / "out", *TWO_RUNS)
     assert done.status == 130
     assert "Traceback" not in done.err
@@ -729,8 +776,12 @@ def test_a_disk_that_is_really_full(compare, text, tmp_path):
 
 
 def test_a_folder_that_cannot_be_made(compare, monkeypatch, tmp_path):
-    def refuse(*args, **words):
-        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "out"))
+    mkdir = Path.mkdir
+
+    def refuse(self, *args, **words):
+        if self.is_relative_to(tmp_path / "out"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "out"))
+        mkdir(self, *args, **words)
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert f"cannot write {tmp_path / 'out'}: Permission denied" in compare(tmp_path / "out", *TWO_RUNS).sentence

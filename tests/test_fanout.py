@@ -6,6 +6,7 @@ import contextlib
 import html
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -388,6 +390,22 @@ def test_workers_share_the_cores_unless_the_user_has_set_the_threads(monkeypatch
 )
 def test_how_a_process_ended(status, words):
     assert local.how_it_ended(status).startswith(words)
+
+
+@pytest.mark.parametrize("kind", ["memory", "file", "part of a file"])
+def test_workers_map_the_blocks(tmp_path, kind):
+    blocks = np.arange(60, dtype=np.uint16).reshape(10, 6)
+    if kind != "memory":
+        blocks.tofile(tmp_path / "tokens")
+        blocks = np.memmap(tmp_path / "tokens", np.uint16, "r")[:60].reshape(10, 6)
+    if kind == "part of a file":
+        blocks = blocks[4:9]
+    mapped = local.Mapped.of(blocks, tmp_path / "written")
+    found = pickle.loads(pickle.dumps(mapped)).read()
+    assert isinstance(found, np.memmap)
+    assert found.dtype == blocks.dtype
+    assert np.array_equal(found, blocks)
+    assert (tmp_path / "written").exists() == (kind == "memory")
 
 
 def test_rows_are_read_whole_and_once(tmp_path):

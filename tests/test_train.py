@@ -12,16 +12,19 @@ import signal
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command import Done, multimatrix
-from multimatrix.data import OrderedBlocks
+from multimatrix.data import OrderedBlocks, PackedText
 from multimatrix.errors import InputError
 from multimatrix.model.modeling import MultimatrixForCausalLM
-from multimatrix.train import arguments, checkpoints, trainer
+from multimatrix.train import arguments, checkpoints, run, trainer
 from multimatrix.train.arguments import evaluation_batch
+from multimatrix.train.configuration import Training
 from multimatrix.train.metrics import MetricsFile, metrics_file
 from multimatrix.train.optimizers import MuonWithAdamW, muon_with_adamw
 from multimatrix.train.progress import row_text
@@ -38,10 +41,10 @@ def text(tmp_path_factory):
 def train(text):
     """`train(out, ...)` runs the command on the small text."""
 
-    def run(out: Path, *words: object) -> Done:
+    def command(out: Path, *words: object) -> Done:
         return multimatrix("train", "--data", text, *SMALL, "--out", out, *words)
 
-    return run
+    return command
 
 
 @pytest.fixture(scope="module")
@@ -465,6 +468,47 @@ def test_checksums_are_shared_out_to_the_processes():
     assert checkpoints._writer("state/__3_0.distcp") == 3
     assert checkpoints._writer("rng_state_12.pth") == 12
     assert checkpoints._writer("state/.metadata") == checkpoints._writer("rng_state.pth") == 0
+
+
+def events(out: Path, name: str) -> dict[int, float]:
+    accumulator = EventAccumulator(str(out / "tensorboard")).Reload()
+    return {event.step: event.value for event in accumulator.Scalars(name)}
+
+
+def test_tensorboard_sees_every_row_once(train, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5, KeyboardInterrupt())
+        assert train(out, "--report-to", "tensorboard").status == 130
+    assert train(out, "--report-to", "tensorboard").status == 0
+    expected = {row["step"]: row["loss"] for row in rows(out) if "loss" in row}
+    assert events(out, "train/loss") == pytest.approx(expected)
+    assert len(events(out, "train/tokens_per_second")) == STEPS
+    expected = {row["step"]: row["validation_loss"] for row in rows(out) if "validation_loss" in row}
+    assert events(out, "eval/loss") == pytest.approx(expected)
+
+
+def test_utilization_where_the_peak_is_known(finished, tmp_path):
+    """1,000 FLOPs a token on a device of 10^8 FLOPs a second: tokens per second over 10^5."""
+    config = MultimatrixForCausalLM.from_pretrained(finished[0] / "model").config
+    protocol = Training(steps=3, batch_size=2, context=16, evaluations=1).protocol("cpu")
+    blocks = np.zeros((8, 16), dtype=np.int32)
+    found = []
+    run.train(
+        config,
+        PackedText(blocks, blocks[:2], 257, 1.0),
+        protocol,
+        seed=0,
+        directory=tmp_path,
+        device=torch.device("cpu"),
+        execution=Execution(log_interval=1),
+        flops_per_token=1e3,
+        peak_flops_per_second=1e8,
+        on_step=found.append,
+    )
+    shares = [(row["mfu"], row["tokens_per_second"] / 1e5) for row in found if "loss" in row]
+    assert len(shares) == 3
+    assert all(mfu == pytest.approx(expected, abs=1e-4) for mfu, expected in shares)
 
 
 def test_a_tracker_that_is_not_installed(train, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from multimatrix.errors import InputError, one_line
 
 CONFIG = "config.json"
+CHUNK = 1 << 24
 
 
 def write_text(path: Path, text: str) -> None:
@@ -47,6 +49,15 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def checksum(path: Path) -> dict[str, int]:
+    """Length and checksum of a file."""
+    found = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            found = zlib.crc32(chunk, found)
+        return {"bytes": file.tell(), "crc32": found}
 
 
 @contextlib.contextmanager

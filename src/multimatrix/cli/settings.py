@@ -18,6 +18,7 @@ _OPTIONS: dict[str, tuple[Any, str, str]] = {
     "tokenizer": (str, "bytes, bpe:N, a file, a folder or a hub name.", ""),
     "validation_fraction": (float, "Share of the text held out, by document.", ""),
     "validation_tokens": (int, "Validate on at most so many tokens.", ""),
+    "token_cache": (str, "Folder that keeps tokenized text; default: MULTIMATRIX_CACHE, or the user's cache.", ""),
     "hidden_size": (int, "H, elements of the hidden vector.", ""),
     "layers": (int, "Number of decoder layers.", "num_hidden_layers"),
     "head_dim": (int, "Head dim of MHA; the variants' sizes follow.", ""),

@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,6 @@ from multimatrix.compare.prepare import Prepared, Run
 # For the last words of a process that crashes.
 FLAGS = ("-u", "-X", "faulthandler")
 PREPARED = "prepared.pickle"
-SIDES = ("train", "validation")
 FAILED = 1  # exit status of a worker whose run failed; failed.json says why
 STOPPED = 130
 POLL = 0.2  # seconds
@@ -152,25 +151,48 @@ def stop(processes: Sequence[subprocess.Popen]) -> None:
                 process.stdin.close()
 
 
+class Mapped(NamedTuple):
+    """Blocks `[blocks, context]` in a file, where every process maps them into memory."""
+
+    path: Path
+    dtype: np.dtype
+    offset: int
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, blocks: NDArray[np.integer], path: Path) -> Mapped:
+        """Where the blocks are in a file already, as tokens of the cache are; else they are written to `path`."""
+        if isinstance(blocks, np.memmap) and blocks.filename is not None and blocks.flags.c_contiguous:
+            whole: Any = blocks
+            while isinstance(whole.base, np.memmap):
+                whole = whole.base
+            first = blocks.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+            return cls(Path(blocks.filename).absolute(), blocks.dtype, whole.offset + first, blocks.shape)
+        blocks.tofile(path)
+        return cls(path.absolute(), blocks.dtype, 0, blocks.shape)
+
+    def read(self) -> NDArray[np.integer]:
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+
+
 def share(prepared: Prepared, runs: Sequence[Run], command: str, shared: Path) -> None:
-    """Write what workers read: the blocks of the text as files that can be mapped, and everything else."""
+    """Write what workers read: where the text is, and everything else of the comparison."""
     shutil.rmtree(shared, ignore_errors=True)
     shared.mkdir(parents=True)
-    for side in SIDES:
-        np.save(shared / f"{side}.npy", getattr(prepared.text, side))
-    bare = _with_blocks(prepared, prepared.text.train[:0], prepared.text.validation[:0])
-    (shared / PREPARED).write_bytes(pickle.dumps((bare, list(runs), command)))
+    text = prepared.text
+    train, validation = Mapped.of(text.train, shared / "train"), Mapped.of(text.validation, shared / "validation")
+    bare = _with_blocks(prepared, np.empty(0, np.int32), np.empty(0, np.int32))
+    (shared / PREPARED).write_bytes(pickle.dumps((bare, train, validation, list(runs), command)))
 
 
 def read_shared(shared: Path, name: str) -> tuple[Prepared, Run, str]:
     """The comparison, one run of it, and the command, as `share` wrote them; the text is mapped, not read."""
-    prepared, runs, command = pickle.loads((shared / PREPARED).read_bytes())
-    train, validation = (np.load(shared / f"{side}.npy", mmap_mode="r") for side in SIDES)
-    prepared = _with_blocks(prepared, train, validation)
+    bare, train, validation, runs, command = pickle.loads((shared / PREPARED).read_bytes())
+    prepared = _with_blocks(bare, train.read(), validation.read())
     return prepared, next(run for run in runs if run.name == name), command
 
 
-def _with_blocks(prepared: Prepared, train: NDArray[np.int32], validation: NDArray[np.int32]) -> Prepared:
+def _with_blocks(prepared: Prepared, train: NDArray[np.integer], validation: NDArray[np.integer]) -> Prepared:
     text = dataclasses.replace(prepared.text, train=train, validation=validation)
     return dataclasses.replace(prepared, source=dataclasses.replace(prepared.source, text=text))
 

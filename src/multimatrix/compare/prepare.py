@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from multimatrix.compare.configuration import Comparison
 from multimatrix.compare.folder import MEASURED, RESULT
 from multimatrix.compare.matching import Candidate, match
-from multimatrix.data import PackedText, PreparedText, prepare_text
+from multimatrix.data import PackedText, PreparedText
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.train.folder import read_ours, refuse_difference
 from multimatrix.train.protocol import Protocol
@@ -88,14 +88,7 @@ def prepare(comparison: Comparison, *, device_type: str, say: Callable[[str], No
     # Sizes first: they fail in a blink, and reading a corpus may take minutes.
     match(comparison, vocab_size=257)
     say("reading the text")
-    source = prepare_text(
-        comparison.data,
-        comparison.tokenizer,
-        context=comparison.context,
-        batch_size=comparison.batch_size,
-        validation_fraction=comparison.validation_fraction,
-        validation_tokens=comparison.validation_tokens,
-    )
+    source = comparison.prepare_text(say)
     candidates = match(comparison, source.text.vocab_size)
     return Prepared(comparison, candidates, comparison.protocol(device_type), torch.device(device_type), source)
 

@@ -103,18 +103,53 @@ def read_documents(sources: Sequence[str] = ()) -> tuple[str, list[str]]:
     Raises:
         InputError: a source cannot be read or means nothing, or there is no text.
     """
-    if isinstance(sources, str):
-        sources = (sources,)
-    names: list[str] = []
     found: list[str] = []
-    for source in sources or (STDLIB,):
-        name, documents = _read_source(source)
-        names.append(name)
-        found.extend(text for text in documents if text.strip())
-    name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    for source in _listed(sources):
+        found.extend(text for text in _read_source(source) if text.strip())
+    name = source_names(sources)
     if not found:
         raise InputError(f"{name} holds no text: no document in it has more than white space")
     return name, found
+
+
+def source_names(sources: Sequence[str] = ()) -> str:
+    """What the sources are called, for tables and logs."""
+    names = [_source_name(source) for source in _listed(sources)]
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def fingerprint(sources: Sequence[str] = ()) -> list[Any]:
+    """What decides which documents the sources hold, found without reading them as documents.
+
+    Files by the hash of their bytes and how these are read, whatever they are called; a hub data set by its own
+    fingerprint.
+
+    Raises:
+        InputError: a source cannot be read or means nothing.
+    """
+    found: list[Any] = []
+    for source in _listed(sources):
+        if source == STDLIB:
+            found.append([STDLIB, hashlib.sha256("\0".join(_read_stdlib()).encode()).hexdigest()])
+        elif source.startswith(HUB):
+            rows, field = _load_hub(source)
+            found.append([HUB, rows._fingerprint, field])
+        else:
+            files, field = _files(source)
+            found += sorted([field, _format(file), file.suffix.lower(), _file_hash(file)] for file in files)
+    return found
+
+
+def _listed(sources: Sequence[str]) -> Sequence[str]:
+    return (sources,) if isinstance(sources, str) else sources or (STDLIB,)
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
 
 
 def _hash(text: str) -> bytes:
@@ -144,26 +179,42 @@ def _choose_validation(documents: Sequence[str], fraction: float) -> set[int]:
     return chosen or {min(range(len(documents)), key=lambda i: len(documents[i]))}
 
 
-def _read_source(source: str) -> tuple[str, Iterable[str]]:
-    """The name and the documents of one source."""
+def _source_name(source: str) -> str:
     if source == STDLIB:
-        return f"python-{platform.python_version()}-stdlib", _read_stdlib()
+        return f"python-{platform.python_version()}-stdlib"
+    location = source.removeprefix(HUB).partition("::")[0]
+    if source.startswith(HUB):
+        return location
+    path = Path(location)
+    return path.resolve().name if path.is_dir() else path.name
+
+
+def _read_source(source: str) -> Iterable[str]:
+    """The documents of one source."""
+    if source == STDLIB:
+        return _read_stdlib()
     if source.startswith(HUB):
         return _read_hub(source)
+    files, field = _files(source)
+    return (text for file in files for text in _read_file(file, field))
+
+
+def _files(source: str) -> tuple[list[Path], str]:
+    """The files of a source that is a file or a folder, and the field that was chosen."""
     location, _, field = source.partition("::")
     path = Path(location)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if _format(file) and file.is_file())
         if not files:
             raise InputError(f"the folder {path} holds no supported file; supported are {SUPPORTED}")
-        return path.resolve().name, (text for file in files for text in _read_file(file, field))
+        return files, field
     if not path.exists():
         raise InputError(f"{path} does not exist; a data set of the hub is written {HUB}owner/name")
     if _format(path) is None:
         raise InputError(f"{path} is of no supported kind; supported are {SUPPORTED}")
     if field and _format(path) in (".txt", ".md"):
         raise InputError(f"{path} is one document and has no fields; leave out ::{field}")
-    return path.name, _read_file(path, field)
+    return [path], field
 
 
 def _read_stdlib() -> Iterator[str]:
@@ -183,20 +234,25 @@ def _read_stdlib() -> Iterator[str]:
     yield from topics.values()
 
 
-def _read_hub(source: str) -> tuple[str, Iterable[str]]:
+def _read_hub(source: str) -> Iterable[str]:
+    rows, field = _load_hub(source)
+    texts = [key for key, kind in rows.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
+    field = _choose_field(source, field, list(rows.features), texts)
+    if field not in texts:
+        raise InputError(f"{source} holds no text in the field {field!r}; those that do: {', '.join(texts) or 'none'}")
+    return (text for text in rows[field] if text is not None)
+
+
+def _load_hub(source: str) -> tuple[Any, str]:
+    """The rows of a data set, and the field that was chosen."""
     import datasets  # slow to import, and only this needs it
 
     location, _, field = source.removeprefix(HUB).partition("::")
     name, _, config = location.partition(":")
     try:
-        rows = datasets.load_dataset(name, config or None, split="train")
+        return datasets.load_dataset(name, config or None, split="train"), field
     except Exception as error:  # what it raises is not documented: connection, name, config, split, format
         raise InputError(f"{source} cannot be loaded from the hub: {one_line(error)}") from error
-    texts = [key for key, kind in rows.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
-    field = _choose_field(source, field, list(rows.features), texts)
-    if field not in texts:
-        raise InputError(f"{source} holds no text in the field {field!r}; those that do: {', '.join(texts) or 'none'}")
-    return location, (text for text in rows[field] if text is not None)
 
 
 def _format(path: Path) -> str | None:

@@ -22,15 +22,15 @@ class PackedText:
     """Token blocks of both sides of a corpus.
 
     Attributes:
-        train: int32 `[blocks, context]`.
-        validation: int32 `[blocks, context]`.
+        train: whole numbers `[blocks, context]`.
+        validation: whole numbers `[blocks, context]`.
         vocab_size: one more than the largest token id the tokenizer knows.
         validation_bytes_per_token: UTF-8 bytes of the validation text over its tokens, the eos of every
             document counted as a token of no bytes. Bits per byte = mean loss in nats / ln 2 / this.
     """
 
-    train: NDArray[np.int32]
-    validation: NDArray[np.int32]
+    train: NDArray[np.integer]
+    validation: NDArray[np.integer]
     vocab_size: int
     validation_bytes_per_token: float
 
@@ -38,7 +38,7 @@ class PackedText:
 class BlockDataset(torch.utils.data.Dataset):
     """Blocks `[blocks, context]` for the transformers Trainer: `input_ids` and equal `labels` `[context]`."""
 
-    def __init__(self, blocks: NDArray[np.int32]) -> None:
+    def __init__(self, blocks: NDArray[np.integer]) -> None:
         self.blocks = blocks
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class OrderedBlocks(BlockDataset):
     length: how many blocks training takes.
     """
 
-    def __init__(self, blocks: NDArray[np.int32], length: int, seed: int) -> None:
+    def __init__(self, blocks: NDArray[np.integer], length: int, seed: int) -> None:
         super().__init__(blocks)
         self.length = length
         self.seed = seed
@@ -85,18 +85,51 @@ def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, context: int) -> Pa
     Raises:
         InputError: `context` is below 2, the tokenizer has no eos, or a side is shorter than one block.
     """
-    if context < 2:
-        raise InputError(f"context must be at least 2, to have a next token to predict, got {context}")
-    if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no eos token to end documents with; get it from load_tokenizer")
-    train = _joined(corpus.train, tokenizer)  # [tokens]
-    validation = _joined(corpus.validation, tokenizer)  # [tokens]
+    check_packing(tokenizer)
+    train, validation = (
+        np.concatenate(list(token_stream(side, tokenizer)))  # [tokens]
+        for side in (corpus.train, corpus.validation)
+    )
     return PackedText(
-        train=_cut(train, context, "train"),
-        validation=_cut(validation, context, "validation"),
-        vocab_size=1 + max(tokenizer.get_vocab().values()),
+        train=cut_blocks(train, context, "train"),
+        validation=cut_blocks(validation, context, "validation"),
+        vocab_size=vocabulary_size(tokenizer),
         validation_bytes_per_token=sum(len(text.encode()) for text in corpus.validation) / len(validation),
     )
+
+
+def check_packing(tokenizer: PreTrainedTokenizerFast) -> None:
+    """InputError where documents cannot be ended."""
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no eos token to end documents with; get it from load_tokenizer")
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the largest token id that the tokenizer knows."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def token_stream(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[NDArray[np.int32]]:
+    """The tokens of each document, each followed by eos."""
+    for ids in encode(documents, tokenizer):
+        yield np.array([*ids, tokenizer.eos_token_id], dtype=np.int32)
+
+
+def cut_blocks(tokens: NDArray[np.integer], context: int, side: str) -> NDArray[np.integer]:
+    """A stream as blocks `[blocks, context]`, the remainder dropped.
+
+    Raises:
+        InputError: `context` is below 2, or there is not a single block.
+    """
+    if context < 2:
+        raise InputError(f"context must be at least 2, to have a next token to predict, got {context}")
+    blocks = len(tokens) // context
+    if blocks == 0:
+        raise InputError(
+            f"the {side} text has {len(tokens)} tokens and one block needs {context}; "
+            f"set context to at most {len(tokens)} or add text"
+        )
+    return tokens[: blocks * context].reshape(blocks, context)
 
 
 def encode(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
@@ -117,12 +150,6 @@ def encode(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> Iter
         yield from encoded["input_ids"]
 
 
-def _joined(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int32]:
-    return np.concatenate(
-        [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encode(documents, tokenizer)]
-    )  # [tokens]
-
-
 def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
     """Neighbouring documents, as many as make up `BATCH_CHARACTERS`; a longer document is alone."""
     batch: list[str] = []
@@ -134,13 +161,3 @@ def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
         batch.append(text)
         size += len(text)
     yield batch
-
-
-def _cut(tokens: NDArray[np.int32], context: int, side: str) -> NDArray[np.int32]:
-    blocks = len(tokens) // context
-    if blocks == 0:
-        raise InputError(
-            f"the {side} text has {len(tokens)} tokens and one block needs {context}; "
-            f"set context to at most {len(tokens)} or add text"
-        )
-    return tokens[: blocks * context].reshape(blocks, context)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from multimatrix.data.corpus import load_corpus
-from multimatrix.data.packing import PackedText, pack
-from multimatrix.data.tokenizer import load_tokenizer
+from multimatrix.data.cache import cached_tokens, default_cache
+from multimatrix.data.packing import PackedText, cut_blocks
 from multimatrix.errors import InputError
 
 
@@ -34,34 +34,43 @@ def prepare_text(
     batch_size: int,
     validation_fraction: float,
     validation_tokens: int,
+    cache: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> PreparedText:
-    """Read, tokenize and pack.
+    """Read, tokenize and pack, or take the tokens that an earlier start has kept.
 
-    batch_size: sequences that a step needs. validation_tokens: how many are used at most. The other arguments are
-    those of `load_corpus`, `load_tokenizer` and `pack`.
+    batch_size: sequences that a step needs. validation_tokens: how many are used at most. cache: the folder of
+    `data.cache`, None for this user's. say: gets one line for the person who waits. The other arguments are those of
+    `load_corpus` and `load_tokenizer`; blocks are those of `pack`.
 
     Raises:
-        InputError: text that cannot be read or is too small.
+        InputError: text that cannot be read or is too small, or a cache that cannot be written.
     """
-    corpus = load_corpus(sources, validation_fraction=validation_fraction)
-    tokenizer = load_tokenizer(tokenizer_name, corpus.train)
-    packed = pack(corpus, tokenizer, context)
-    if len(packed.train) < batch_size:
+    tokens = cached_tokens(
+        sources,
+        tokenizer_name,
+        validation_fraction=validation_fraction,
+        cache=cache or default_cache(),
+        say=say,
+    )
+    train = cut_blocks(tokens.train, context, "train")
+    validation = cut_blocks(tokens.validation, context, "validation")[: max(1, validation_tokens // context)]
+    if len(train) < batch_size:
         raise InputError(
-            f"the train text has {len(packed.train)} blocks of {context} tokens and one step needs "
-            f"{batch_size}; set the batch size to at most {len(packed.train)} or add text"
+            f"the train text has {len(train)} blocks of {context} tokens and one step needs "
+            f"{batch_size}; set the batch size to at most {len(train)} or add text"
         )
-    validation = packed.validation[: max(1, validation_tokens // context)]
-    text = PackedText(packed.train, validation, packed.vocab_size, packed.validation_bytes_per_token)
+    meta = tokens.meta
+    bytes_per_token = meta["validation_bytes"] / len(tokens.validation)
     facts = {
-        "name": corpus.name,
-        "sha256": corpus.sha256,
-        "documents": len(corpus.train) + len(corpus.validation),
-        "duplicates_dropped": corpus.duplicates,
+        "name": tokens.name,
+        "sha256": meta["sha256"],
+        "documents": meta["documents"],
+        "duplicates_dropped": meta["duplicates_dropped"],
         "tokenizer": tokenizer_name,
-        "vocab_size": text.vocab_size,
-        "bytes_per_token": text.validation_bytes_per_token,
-        "train_tokens": int(text.train.size),
-        "validation_tokens": int(text.validation.size),
+        "vocab_size": meta["vocab_size"],
+        "bytes_per_token": bytes_per_token,
+        "train_tokens": int(train.size),
+        "validation_tokens": int(validation.size),
     }
-    return PreparedText(text, tokenizer, facts)
+    return PreparedText(PackedText(train, validation, meta["vocab_size"], bytes_per_token), tokens.tokenizer, facts)

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,11 @@ from typing import Any
 
 from torch.distributed.checkpoint import CheckpointException
 
-from multimatrix.files import sync, write_json, writing
+from multimatrix.files import CHUNK, checksum, sync, write_json, writing
 from multimatrix.train import processes
 from multimatrix.train.folder import refuse_difference
 
 MANIFEST = "manifest.json"
-CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ class Checkpoints:
             for name in names[processes.number() :: processes.count()]:
                 if not (path / name).is_file():
                     reason = f"{name} is missing"
-                elif _described(path / name) != found["files"][name]:
+                elif checksum(path / name) != found["files"][name]:
                     reason = f"{name} is not as it was written"
         except (OSError, ValueError, KeyError, TypeError):
             reason = f"{MANIFEST} cannot be read"
@@ -173,11 +171,7 @@ def _writer(name: str) -> int:
 def _described(path: Path) -> dict[str, int]:
     """Length and checksum, once the file is on the disk."""
     sync(path)
-    checksum = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            checksum = zlib.crc32(chunk, checksum)
-        return {"bytes": file.tell(), "crc32": checksum}
+    return checksum(path)
 
 
 def _as_os_error(error: BaseException, place: Path) -> OSError | None:

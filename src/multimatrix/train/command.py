@@ -17,7 +17,7 @@ import transformers
 
 from multimatrix.attention import AttentionSpec
 from multimatrix.attention.sizes import specs_from_labels
-from multimatrix.data.prepare import PreparedText, prepare_text
+from multimatrix.data.prepare import PreparedText
 from multimatrix.environment import command_line, environment
 from multimatrix.errors import InputError, one_line
 from multimatrix.files import write_json
@@ -63,14 +63,7 @@ def _run(training: Training, out: Path, *, dry_run: bool) -> int:
     check_trackers(execution.report_to)
     micro, accumulation = execution.accumulation(protocol.batch_size, processes.started())
     say("reading the text")
-    prepared = prepare_text(
-        training.data,
-        training.tokenizer,
-        context=training.context,
-        batch_size=training.batch_size,
-        validation_fraction=training.validation_fraction,
-        validation_tokens=training.validation_tokens,
-    )
+    prepared = training.prepare_text(say)
     tell(_described(training, protocol, spec, prepared))
     tell(
         f"{protocol.steps} steps of {protocol.batch_size} x {protocol.context} tokens, {protocol.precision} on "

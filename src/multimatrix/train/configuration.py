@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from transformers import PreTrainedTokenizerFast
 
 from multimatrix.attention import AttentionSpec
+from multimatrix.data.prepare import PreparedText, prepare_text
 from multimatrix.errors import InputError
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.experts import ExpertsSpec
@@ -31,7 +34,8 @@ class Settings:
     intermediate_size: feed-forward width; None for 8/3 hidden_size rounded to a multiple of 8. num_experts,
     experts_per_token, expert_size, shared_expert_size: of a mixture of experts in place of every dense feed-forward,
     see `model.experts.ExpertsSpec`; none for dense ones. data: files, folders and hub data sets; none for the embedded
-    default. validation_tokens: how many tokens of the validation documents are used at most. latent_scaling,
+    default. validation_tokens: how many tokens of the validation documents are used at most. token_cache: the
+    folder of `data.cache`, None for this user's. latent_scaling,
     zero_init_output, depth_scaled_init: switches that act alike on every variant, see `AttentionSpec` and
     `MultimatrixConfig`. initializer_range: std of every initial weight matrix; None for 1/sqrt(hidden_size), which is
     0.022 at the paper's 2,048: a fixed 0.02 starts narrow models near zero, and low-rank factors, two maps in a row,
@@ -60,6 +64,7 @@ class Settings:
     tokenizer: str = "bytes"
     validation_fraction: float = 0.1
     validation_tokens: int = 1_000_000
+    token_cache: str | None = None
     steps: int = 2_000
     batch_size: int = 32
     context: int = 512
@@ -185,8 +190,22 @@ class Settings:
         return Execution(**{name: getattr(self, name) for name in EXECUTION})
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide the result: all but those of `Execution`."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in EXECUTION}
+        """The settings that decide the result: all but the cache and those of `Execution`."""
+        aside = {*EXECUTION, "token_cache"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in aside}
+
+    def prepare_text(self, say: Callable[[str], None]) -> PreparedText:
+        """Read, tokenize and pack; see `data.prepare`."""
+        return prepare_text(
+            self.data,
+            self.tokenizer,
+            context=self.context,
+            batch_size=self.batch_size,
+            validation_fraction=self.validation_fraction,
+            validation_tokens=self.validation_tokens,
+            cache=Path(self.token_cache) if self.token_cache is not None else None,
+            say=say,
+        )
 
     def model_config(
         self,

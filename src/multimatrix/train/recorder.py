@@ -158,7 +158,7 @@ class Recorder(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            shown = {name: value for name, value in logs.items() if name not in ("epoch", "grad_norm")}
+            shown = {name: value for name, value in logs.items() if name != "epoch"}
             self.write({**self._at(state), **shown})
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast, TrainerCallback, set_seed
 
 from multimatrix.data.packing import BlockDataset, OrderedBlocks, PackedText
 from multimatrix.files import writing
@@ -18,7 +18,7 @@ from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.modeling import MultimatrixForCausalLM
 from multimatrix.train import processes
 from multimatrix.train.arguments import make_arguments
-from multimatrix.train.checkpoints import Checkpoints
+from multimatrix.train.checkpoints import Checkpoint, Checkpoints
 from multimatrix.train.metrics import MetricsFile, metrics_file
 from multimatrix.train.protocol import Execution, Protocol, RunFailed, RunStopped
 from multimatrix.train.recorder import Recorder
@@ -135,6 +135,7 @@ def train(
             metrics=metrics,
             model=model,
             args=arguments,
+            callbacks=_tensorboard(directory, found) if "tensorboard" in execution.report_to else [],
             train_dataset=OrderedBlocks(text.train, protocol.steps * protocol.batch_size, seed),
             eval_dataset=BlockDataset(text.validation),
         )
@@ -151,3 +152,14 @@ def train(
         recorder.tokens_per_second,
         recorder.memory.bytes(),
     )
+
+
+def _tensorboard(directory: Path, found: Checkpoint | None) -> list[TrainerCallback]:
+    """Events in `directory/tensorboard`; those after the checkpoint that the run goes on from are not shown."""
+    if processes.number() > 0:
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    purged = None if found is None else found.step + 1
+    return [TensorBoardCallback(SummaryWriter(log_dir=str(directory / "tensorboard"), purge_step=purged))]
