@@ -37,9 +37,6 @@ def run_comparison(
         settings = claim(out, prepared)
         runs = make_runs(prepared, out)
         missing = [run for run in runs if run.finished() is None]
-        for run in runs:
-            if run not in missing:
-                run.drop_checkpoints()  # it may have been stopped before it did
         if len(missing) < len(runs):
             progress.say(f"{len(runs) - len(missing)} of {len(runs)} runs are done already")
         write_json(out / "config.json", settings)
@@ -60,6 +57,9 @@ def run_comparison(
         def finish() -> dict[str, Any]:
             watch.waiting.clear()
             watch.running.clear()
+            for run in runs:
+                if state_of(run.directory).status == "done":
+                    run.drop_checkpoints()  # it may have been stopped before it did
             results = write(running=False)
             report.write_csv(results, out / "results.csv")
             figures.save_figures(results, out)
