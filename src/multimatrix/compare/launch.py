@@ -6,7 +6,6 @@ depend on.
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 from collections.abc import Sequence
@@ -38,7 +37,7 @@ class Watcher(Protocol):
         """A line for the person who waits."""
 
     def tick(self) -> None:
-        """Some time has passed; called every second or so while several runs are under way."""
+        """Nothing is to be done at this moment; called every second or so, but in training only after a row."""
 
 
 class Launcher(Protocol):
@@ -72,8 +71,14 @@ class InProcess:
 
     def launch(self, prepared: Prepared, runs: Sequence[Run], out: Path, command: str, watcher: Watcher) -> None:
         for run in runs:
+
+            def show(row: dict[str, Any], run: Run = run) -> None:
+                watcher.row(run, row)
+                watcher.tick()
+
             watcher.start(run)
-            reason = attempt(prepared, run, command, functools.partial(watcher.row, run), watcher.say)
+            watcher.tick()
+            reason = attempt(prepared, run, command, show, watcher.say)
             gc.collect()  # what a run that failed held must not be missing to the next
             if prepared.device.type == "cuda":
                 torch.cuda.empty_cache()

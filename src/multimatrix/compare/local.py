@@ -61,6 +61,7 @@ class Local:
                         run = waiting.popleft()
                         active[place] = _Worker(run, shared, self.surroundings(place))
                         watcher.start(run)
+                watcher.tick()
                 time.sleep(POLL)
                 for place, worker in list(active.items()):
                     status = worker.process.poll()
@@ -69,7 +70,6 @@ class Local:
                     if status is not None:
                         del active[place]
                         watcher.end(worker.run, worker.outcome(status))
-                watcher.tick()
         finally:
             stop([worker.process for worker in active.values()])
             shutil.rmtree(shared, ignore_errors=True)

@@ -67,13 +67,13 @@ class OnRay:
                     run.directory.mkdir(parents=True, exist_ok=True)
                     tail = Tail(run.directory / METRICS)
                     active[task.remote(stored, run, command)] = _Task(run, tail)
+                watcher.tick()
                 done, _ = ray.wait(list(active), timeout=1)
                 for known in active.values():
                     known.follow(watcher)
                 for reference in done:
                     known = active.pop(reference)
                     watcher.end(known.run, _outcome(reference, known.run))
-                watcher.tick()
         finally:
             _stop(list(active))
 

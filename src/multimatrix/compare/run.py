@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,10 @@ def run_comparison(
         try:
             if missing:
                 launcher.launch(prepared, missing, out, command, watch)
-        except KeyboardInterrupt:
+        except BaseException:
             progress.close()
-            finish()
+            with contextlib.suppress(OSError):  # the disk may be full
+                finish()
             raise
         progress.close()
         return finish()
