@@ -22,7 +22,8 @@ from command import Done, multimatrix
 from multimatrix.data import OrderedBlocks, PackedText
 from multimatrix.errors import InputError
 from multimatrix.model.modeling import MultimatrixForCausalLM
-from multimatrix.train import arguments, checkpoints, run, trainer
+from multimatrix.plan.numbers import decoder_parameters
+from multimatrix.train import arguments, checkpoints, command, run, trainer
 from multimatrix.train.arguments import evaluation_batch
 from multimatrix.train.configuration import Training
 from multimatrix.train.metrics import MetricsFile, metrics_file
@@ -41,10 +42,10 @@ def text(tmp_path_factory):
 def train(text):
     """`train(out, ...)` runs the command on the small text."""
 
-    def command(out: Path, *words: object) -> Done:
+    def run_command(out: Path, *words: object) -> Done:
         return multimatrix("train", "--data", text, *SMALL, "--out", out, *words)
 
-    return command
+    return run_command
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +360,10 @@ def test_a_folder_of_somebody_else(train, tmp_path):
         (["--keep-checkpoints", 0], "keep_checkpoints must be at least 1, got 0"),
         (["--checkpoint-interval", 0], "checkpoint_interval must be at least 1, got 0"),
         (["--seed", -1], "the seed must be a whole number from 0"),
-        (["--recipe", "nothing"], "there is no training recipe 'nothing'; the recipes are demo, mfa-1b, mfa-350m"),
+        (
+            ["--recipe", "nothing"],
+            "there is no training recipe 'nothing'; the recipes are demo, mfa-1b, mfa-350m, mfa-7b",
+        ),
         (["--recipe", "nothing.toml"], "the recipe nothing.toml cannot be read"),
         (["--batch-size", 10_000], "one step needs 10000; set the batch size to at most"),
     ],
@@ -368,6 +372,27 @@ def test_a_folder_of_somebody_else(train, tmp_path):
 def test_settings_that_cannot_work(train, tmp_path, words, fragment):
     assert fragment in train(tmp_path / "out", *words).sentence
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "processes"),
+    [("demo", 0.0004, 1), ("mfa-350m", 0.354, 1), ("mfa-1b", 0.982, 8), ("mfa-1b", 0.982, 32), ("mfa-7b", 6.92, 64)],
+)
+def test_recipes_say_what_they_are(name, billions, processes):
+    """Sizes as in the first line of each, 20 tokens for a parameter, and a batch that its processes share out."""
+    training = Training.from_recipe("train", name, {})
+    vocab_size = int(training.tokenizer.removeprefix("bpe:")) if training.tokenizer != "bytes" else 257
+    parameters = decoder_parameters(
+        [command._spec(training)] * training.num_hidden_layers,
+        vocab_size=vocab_size,
+        tie_word_embeddings=training.tie_word_embeddings,
+        intermediate_size=training.feed_forward_width,
+        experts=None,
+    )
+    assert parameters == pytest.approx(billions * 1e9, rel=0.04)
+    protocol = training.protocol("cuda")
+    training.execution().accumulation(protocol.batch_size, processes)
+    assert name == "demo" or 19 < protocol.tokens / parameters < 21
 
 
 def test_a_recipe_of_ones_own(text, tmp_path):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -131,3 +133,72 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_once(found):
     assert first["status"] == second["status"] == 2
     assert "5 sequences cannot be shared out evenly to 2 processes; set the batch size to a multiple" in first["said"]
     assert second["said"] == ""
+
+
+def torchrun(*words: object) -> subprocess.Popen:
+    paths = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("-m", "multimatrix", *map(str, words)),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_rows(process: subprocess.Popen, out: Path, count: int) -> None:
+    path = out / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (path.is_file() and path.read_text().count("\n") >= count):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_torchrun_terminated_and_killed(tmp_path):
+    """SIGTERM to torchrun, then SIGKILL to one of its processes, then to the end: as one process that is left alone."""
+    text = write_text(tmp_path / "text.jsonl")
+    words = ["train", "--data", text, *SMALL, "--steps", 300, "--checkpoint-interval", 20]
+    assert multimatrix(*words, "--out", tmp_path / "alone").status == 0
+    out = tmp_path / "out"
+
+    process = torchrun(*words, "--fsdp", "--out", out)
+    wait_for_rows(process, out, 10)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "with a checkpoint; the same command goes on from there" in said
+    (first,) = steps_kept(out)
+    assert first == rows(out)[-1]["step"] >= 9
+
+    process = torchrun(*words, "--fsdp", "--out", out)
+    wait_for_rows(process, out, first + 40)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert steps_kept(out)[-1] > first
+
+    process = torchrun(*words, "--fsdp", "--out", out)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert [row["step"] for row in rows(out)] == [row["step"] for row in rows(tmp_path / "alone")]
+    assert losses(out) == pytest.approx(losses(tmp_path / "alone"), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_goes_on(tmp_path):
+    """With shards and with activations computed again, as large models are trained."""
+    text = write_text(tmp_path / "text.jsonl")
+    words = ["train", "--data", text, *SMALL, "--compile"]
+    assert multimatrix(*words, "--out", tmp_path / "alone").status == 0
+    command = list(map(str, [*words, "--out", tmp_path / "out"]))
+    interrupt(command, step=5)
+    process = torchrun(*command, "--fsdp", "--activation-checkpointing")
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "continuing from the checkpoint of step 4" in said
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "alone"), abs=1e-4)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
 import transformers
 from rich.console import Console, JustifyMethod
 from rich.table import Table
@@ -41,8 +40,7 @@ def run_command(
     Raises:
         InputError: something the user can mend.
     """
-    for library in (transformers.utils.logging, datasets.utils.logging):
-        library.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     comparison = make_comparison(preset, settings)
     chosen = make_launcher(launcher, workers)

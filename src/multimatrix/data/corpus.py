@@ -249,6 +249,7 @@ def _load_hub(source: str) -> tuple[Any, str]:
 
     location, _, field = source.removeprefix(HUB).partition("::")
     name, _, config = location.partition(":")
+    datasets.utils.logging.disable_progress_bar()  # what is said while we read is ours to say
     try:
         return datasets.load_dataset(name, config or None, split="train"), field
     except Exception as error:  # what it raises is not documented: connection, name, config, split, format

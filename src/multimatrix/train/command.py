@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import torch.distributed as dist
 import transformers
@@ -30,7 +29,7 @@ from multimatrix.train.progress import Line
 from multimatrix.train.protocol import STOPPED, Protocol, RunFailed, RunStopped
 from multimatrix.train.run import train
 
-INTERRUPTED = 130
+FAILED, INTERRUPTED = 1, 130
 
 
 def run_command(recipe: str | None, settings: dict[str, Any], out: str, *, dry_run: bool) -> int:
@@ -39,19 +38,18 @@ def run_command(recipe: str | None, settings: dict[str, Any], out: str, *, dry_r
     Raises:
         InputError: something the user can mend.
     """
-    for library in (transformers.utils.logging, datasets.utils.logging):
-        library.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        return _run(Training.from_recipe("train", recipe, settings), Path(out), dry_run=dry_run)
+        status = _run(Training.from_recipe("train", recipe, settings), Path(out), dry_run=dry_run)
     except InputError as error:
         # Every process finds the same mistake; one on each machine says it.
         if processes.speaks():
             raise
         raise SystemExit(2) from error
-    finally:
-        if processes.together():
-            dist.destroy_process_group()
+    if processes.together() and status != FAILED:  # where one has failed, the others may never come to an end
+        dist.destroy_process_group()
+    return status
 
 
 def _run(training: Training, out: Path, *, dry_run: bool) -> int:
@@ -90,7 +88,7 @@ def _run(training: Training, out: Path, *, dry_run: bool) -> int:
     except (RunFailed, torch.OutOfMemoryError) as error:
         if isinstance(error, torch.OutOfMemoryError) or processes.is_first():
             _say(f"multimatrix: the run failed: {one_line(error)}; the checkpoints in {out} are kept")
-        return 1
+        return FAILED
     except OSError as error:
         where = error.filename or out
         raise InputError(

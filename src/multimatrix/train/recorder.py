@@ -53,7 +53,7 @@ class Recorder(TrainerCallback):
         self._seconds = 0.0  # since the last row, evaluations and checkpoints left out
         self._mean_steps = 0
         self._mean_seconds = 0.0
-        self._cold = WARM_UP
+        self._cold = min(WARM_UP, protocol.steps - 1)
         self._mark = 0.0
 
     @property
