@@ -14,10 +14,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import JITFunction
 
 from decode_cases import Case, make_call
-from multimatrix.ops import decode, decode_launch
+from multimatrix.ops import decode, decode_launch, decode_plan
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -32,11 +33,14 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 @dataclass
 class Binary:
-    """registers: of a thread. spilled: bytes of a thread in local memory. shared: bytes of a block."""
+    """registers: of a thread. spilled: bytes of a thread in local memory. shared: bytes of a block. products, waits: of
+    Hopper's matrix unit, instructions that start one and that wait for some."""
 
     registers: int
     spilled: int
     shared: int
+    products: int
+    waits: int
     ptx: str = field(repr=False)
 
 
@@ -63,9 +67,12 @@ class _Launcher:
 
 def launches_of(case: Case, capability: int) -> list[tuple[JITFunction, tuple, dict]]:
     """What a call of this case launches on such a GPU; nothing is launched."""
-    recorder = Recorder(decode_launch.kernels())
+    recorder, gluon_recorder = Recorder(decode_launch.kernels()), Recorder(decode_launch.pipeline())
+    gluon_recorder.launches = recorder.launches
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode_launch, "kernels", lambda: recorder)
+        patch.setattr(decode_launch, "pipeline", lambda: gluon_recorder)
+        patch.setattr(decode_plan, "has_pipeline", lambda device: capability == 90)
         patch.setattr(decode_launch, "_can_launch_early", lambda device: capability >= 90)
         patch.setattr(decode, "why_not", lambda *arguments, **options: None)
         call = make_call(case)
@@ -89,13 +96,18 @@ def compiled(kernel: JITFunction, arguments: tuple, options: dict[str, Any], cap
             signature[name] = "fp32" if isinstance(value, float) else "i32"
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    chosen = {name: options[name] for name in ("num_warps", "num_stages", "launch_pdl") if name in options}
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = kind(kernel, signature, constexprs=constants, attrs=attributes)
+    names = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
+    chosen = {name: options[name] for name in names if name in options}
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
         command = [CUOBJDUMP, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [CUOBJDUMP, "-sass", file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL"))
-    return Binary(registers, stack + local, binary.metadata.shared, binary.asm["ptx"])
+    products, waits = len(re.findall(r"[HQ]GMMA", code)), code.count("WARPGROUP.DEPBAR")
+    return Binary(registers, stack + local, binary.metadata.shared, products, waits, binary.asm["ptx"])

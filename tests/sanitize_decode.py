@@ -21,6 +21,13 @@ CASES = [
     *each({"dtype": torch.bfloat16, "S": 130, "T": 3, "N": 10, "G": 2, "splits": 3, "page": 16}),
     *each({"dtype": torch.float16, "S": 130, "N": 70, "fp8": "token", "splits": 2, "layout": "static"}),
     *(replace(case, D=128, V=None) for case in each({"S": 130, "N": 70, "fp8": "token", "splits": 2}) if not case.V),
+    # Of the kernel in Gluon.
+    *(
+        replace(case, D=128, V=None, R=None, S=S, N=70, dtype=torch.bfloat16, splits=2, page=page)
+        for case in each({"fp8": "token"}, {"fp8": "tensor"}, {"fp8": None})
+        for S, page in ((130, 0), (300, 16))
+        if (case.source, case.V, case.R) in (("own", None, None), ("key", None, None), ("unrotated", None, None))
+    ),
     *each({"dtype": torch.bfloat16, "S": 130, "fp8": "tensor", "page": 64, "window": 40, "sinks": True, "splits": 2}),
     *each({"dtype": torch.float32, "S": 70, "mask": "left", "alibi": True, "splits": 1, "layout": "swapped"}),
 ]

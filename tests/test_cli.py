@@ -424,8 +424,8 @@ def store_the_key_twice(patch):
 
 
 def state_less_than_is_stored(patch):
-    elements = CacheLayout.elements.fget
-    patch.setattr(CacheLayout, "elements", property(lambda self: elements(self) - 1))
+    vectors = CacheLayout.vectors.fget
+    patch.setattr(CacheLayout, "vectors", property(lambda self: tuple((n, dim - 1) for n, dim in vectors(self))))
 
 
 SABOTAGES = [

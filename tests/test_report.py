@@ -24,7 +24,7 @@ from rich.console import Console
 from command import multimatrix
 from multimatrix.compare import figures, report
 from multimatrix.compare.overview import write_overview
-from multimatrix.compare.style import format_bytes, style_of
+from multimatrix.pages.drawing import format_bytes, style_of
 
 # variant, shape, KV bytes per token, validation loss, verdict
 VARIANTS = [

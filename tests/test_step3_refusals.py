@@ -120,6 +120,7 @@ NO_IMPORT = {
     "no base": ({"rope_theta": GONE}, "one rope_theta, but has none"),
     "unknown field": ({"attention_sinks": 4}, "the field attention_sinks"),
     "no rank": ({"share_q_dim": GONE}, "no share_q_dim, which must be a whole number of at least 1"),
+    "huge eps": ({"rms_norm_eps": 10**400}, "rms_norm_eps = 1000"),
     "no eps": ({"rms_norm_eps": GONE}, "no rms_norm_eps, which must be a positive number"),
     "a word": ({"num_attention_heads": "five"}, "num_attention_heads = 'five'"),
     "odd head": ({"head_dim": 15}, "even", "got 15"),

@@ -30,7 +30,7 @@ from multimatrix.train.metrics import MetricsFile, metrics_file
 from multimatrix.train.optimizers import MuonWithAdamW, muon_with_adamw
 from multimatrix.train.progress import row_text
 from multimatrix.train.protocol import Execution
-from training import SMALL, STEPS, losses, rows, steps_kept, weights, write_text
+from train_settings import SMALL, STEPS, losses, rows, steps_kept, weights, write_text
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from command import multimatrix
-from training import SMALL, STEPS, rows, steps_kept, weights, write_text
+from train_settings import SMALL, STEPS, rows, steps_kept, weights, write_text
 
 HERE = Path(__file__).parent
 KILLED = -9

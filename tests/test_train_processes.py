@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from command import multimatrix
 from multimatrix.train.metrics import MetricsFile
-from training import SMALL, losses, rows, steps_kept, write_text
+from train_settings import SMALL, losses, rows, steps_kept, write_text
 
 HERE = Path(__file__).parent
 # What is trained by two processes from the beginning, and beside it by one: with 5 blocks to validate on, which two

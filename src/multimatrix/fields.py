@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from multimatrix.errors import InputError
+
+LARGEST = 10**9  # no model has a larger size
 
 
 def check_sizes(what: str, sizes: Mapping[str, Any], cls: type, besides: Collection[str] = ()) -> None:
@@ -30,3 +33,10 @@ def changed_sizes(spec: Any, besides: Collection[str] = ()) -> dict[str, Any]:
         for field in dataclasses.fields(spec)
         if field.init and field.name not in besides and getattr(spec, field.name) != field.default
     }
+
+
+def nearest_divisor(number: int, near: int) -> int:
+    """The divisor of `number` that is nearest to `near`, the smaller of two."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    divisors = {*small, *(number // divisor for divisor in small)}
+    return min(divisors, key=lambda divisor: (abs(divisor - near), divisor))

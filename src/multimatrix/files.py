@@ -141,7 +141,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; InputError where it is anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {one_line(error)}; save or copy the model again") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} holds a JSON {type(found).__name__}, not an object; save or copy the model again")

@@ -75,7 +75,7 @@ class FPBASpec(AttentionSpec):
         return q, (rope(k), v)
 
     def emit(self, w: Attention, o: Tensor) -> Tensor:
-        return o.sum(1)  # [B, T, H]
+        return o.sum(1, dtype=o.dtype)  # [B, T, H]; autocast would sum to float32
 
     def circuits(self, w: Mapping[str, Tensor], x: Tensor) -> Circuits:
         from multimatrix.ops.reference import Circuits

@@ -84,9 +84,14 @@ class CacheLayout:
     source: ValueSource = "own"
 
     @property
+    def vectors(self) -> tuple[tuple[int, int], ...]:
+        """(heads, dim) of every tensor."""
+        return (self.key,) if self.value is None else (self.key, self.value)
+
+    @property
     def elements(self) -> int:
         """Elements per token and layer."""
-        return math.prod(self.key) + (math.prod(self.value) if self.value else 0)
+        return sum(math.prod(vector) for vector in self.vectors)
 
 
 @dataclass(frozen=True)
@@ -301,6 +306,16 @@ class AttentionSpec(ABC):
         return 0
 
     @property
+    def expansion_products(self) -> int:
+        """Multiply-adds of `expand` for one cached token; a part of `linear_products`."""
+        return 0
+
+    @property
+    def expanded_elements(self) -> int:
+        """Elements per token and layer that `expand` makes, or the cache's own where there is nothing to expand."""
+        return self.cache.elements
+
+    @property
     def linear_products(self) -> int:
         """Multiply-adds of the linear maps per token: one use of every linear weight."""
         return sum(weight.elements for weight in self.weights if weight.kind == "linear")
@@ -319,11 +334,14 @@ class AttentionSpec(ABC):
     def prefill_flops(self, context: int) -> int:
         """FLOPs of one layer's attention per token of a sequence of `context`, forward only.
 
-        A causal token sees (context + 1) / 2 tokens on average; work on masked pairs is not counted.
+        Work on masked pairs is not counted.
         """
         extra = 0 if self.has_expanded_form else self.extra_decode_products
-        core = self.num_heads * sum(self.head_dims) * (context + 1)
-        return 2 * (self.linear_products + extra) + core
+        return 2 * (self.linear_products + extra) + self.prefill_core_flops(context)
+
+    def prefill_core_flops(self, context: int) -> int:
+        """Those of them that grow with the context: a causal token sees (context + 1) / 2 tokens on average."""
+        return self.num_heads * sum(self.head_dims) * (context + 1)
 
     def training_flops(self, context: int) -> int:
         """FLOPs of one layer's attention per trained token: forward once, backward twice that."""
@@ -339,19 +357,37 @@ def split_heads(x: Tensor, dim: int) -> Tensor:
     return x.unflatten(-1, (-1, dim)).transpose(1, 2)
 
 
+def join_heads(*parts: Tensor) -> Tensor:
+    """Heads [B, N, T, dim] side by side, [B, N, T, sum of dims], stored token by token as `split_heads` has them."""
+    import torch
+
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=-1).transpose(1, 2)
+
+
 def linear_weight(linear: Any, like: Tensor) -> Tensor:
-    """The matrix [out, in] that a linear layer applies to vectors such as `like`.
+    """The matrix [out, in] that a linear layer applies to vectors such as `like`; see `plain_weight`."""
+    import torch
+
+    weight = plain_weight(linear, like)
+    if weight is not None:
+        return weight
+    return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device)).T
+
+
+def plain_weight(linear: Any, like: Tensor) -> Tensor | None:
+    """The weight [out, in] of a linear layer where the layer is nothing but the product with it, else None.
 
     Adapters, quantization, offloading and tensor parallelism stand between a layer's `weight` and its product; then
-    the layer itself is asked.
+    the layer itself has to be asked.
     """
     import torch
     from torch.distributed.tensor import DTensor
 
+    linear = getattr(linear, "_orig_mod", linear)  # of a layer that was compiled by itself
+    if type(linear) is not torch.nn.Linear:
+        return None
     weight = linear.weight
-    if type(linear) is torch.nn.Linear and not isinstance(weight, DTensor) and weight.device == like.device:
-        return weight
-    return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device)).T
+    return weight if not isinstance(weight, DTensor) and weight.device == like.device else None
 
 
 def head_matrices(weight: Tensor, heads: int) -> Tensor:

@@ -22,6 +22,7 @@ from multimatrix.attention.gmha import (
     split_heads,
 )
 from multimatrix.errors import InputError
+from multimatrix.fields import nearest_divisor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +50,7 @@ class GQASpec(AttentionSpec):
 
     def validate(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            divisors = [g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0]
-            nearest = min(divisors, key=lambda g: abs(g - self.num_kv_heads))
+            nearest = nearest_divisor(self.num_heads, self.num_kv_heads)
             raise InputError(
                 f"{self.variant}: {self.num_heads} heads cannot be shared by {self.num_kv_heads} groups; num_kv_heads "
                 f"must divide num_heads, the nearest that does: {nearest}"

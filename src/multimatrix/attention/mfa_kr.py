@@ -92,6 +92,14 @@ class MFAKRSpec(MFASpec):
         # Before the inverse rotation of the output, M does not commute with the sum.
         return not self.rotates_value
 
+    @property
+    def expansion_products(self) -> int:
+        return self.head_dim**2 if self.has_expanded_form and self.value_map != "tied" else 0
+
+    @property
+    def expanded_elements(self) -> int:
+        return 2 * self.head_dim if self.has_expanded_form else self.cache.elements
+
     def project(self, w: Attention, x: Tensor, rope: Rotation) -> tuple[Tensor, tuple[Tensor, ...]]:
         k = w.k_proj(x).unsqueeze(1)  # [B, 1, T, C]
         return rope(self.project_query(w, x)), (rope(k) if self.rotates_value else k,)

@@ -22,6 +22,7 @@ from multimatrix.attention.gmha import (
     Capacity,
     Weight,
     head_matrices,
+    join_heads,
     linear_weight,
     output_matrices,
     split_heads,
@@ -110,9 +111,15 @@ class MLASpec(AttentionSpec):
     def has_expanded_form(self) -> bool:
         return True
 
-    def project(self, w: Attention, x: Tensor, rope: Rotation) -> tuple[Tensor, tuple[Tensor, ...]]:
-        import torch  # here and below, so that specs can be read without torch
+    @property
+    def expansion_products(self) -> int:
+        return self.latent_dim * self.num_heads * (self.head_dim + self.value_dim)  # kv_b_proj
 
+    @property
+    def expanded_elements(self) -> int:
+        return self.num_heads * sum(self.head_dims)
+
+    def project(self, w: Attention, x: Tensor, rope: Rotation) -> tuple[Tensor, tuple[Tensor, ...]]:
         if self.query_rank is None:
             q = w.q_proj(x)
         else:
@@ -123,20 +130,18 @@ class MLASpec(AttentionSpec):
         latent, k_rope = w.kv_a_proj(x).unsqueeze(1).split((self.latent_dim, self.rope_head_dim), dim=-1)
         latent = w.kv_a_norm(latent) * self.latent_scale(self.latent_dim)  # [B, 1, T, C]
         return (
-            torch.cat((q_nope, rope(q_rope)), dim=-1),  # [B, N, T, D]
-            (torch.cat((latent, rope(k_rope)), dim=-1),),  # [B, 1, T, C + E]
+            join_heads(q_nope, rope(q_rope)),  # [B, N, T, D]
+            (join_heads(latent, rope(k_rope)),),  # [B, 1, T, C + E]
         )
 
     def expand(self, w: Attention, latents: tuple[Tensor, ...], rope: Rotation) -> tuple[Tensor, Tensor]:
-        import torch
-
         latent, k_rope = latents[0].split((self.latent_dim, self.rope_head_dim), dim=-1)
         kv = split_heads(w.kv_b_proj(latent.squeeze(1)), self.head_dim + self.value_dim)  # [B, N, T, head_dim + V]
         k_nope, v = kv.split((self.head_dim, self.value_dim), dim=-1)
-        return torch.cat((k_nope, k_rope.expand(-1, kv.shape[1], -1, -1)), dim=-1), v
+        return join_heads(k_nope, k_rope.expand(-1, kv.shape[1], -1, -1)), v
 
     def absorb(self, w: Attention, q: Tensor) -> Tensor:
-        import torch
+        import torch  # here and below, so that specs can be read without torch
 
         q_nope, q_rope = q.split((self.head_dim, self.rope_head_dim), dim=-1)
         key_up, _ = self._up_projections(linear_weight(w.kv_b_proj, q))

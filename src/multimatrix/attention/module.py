@@ -23,11 +23,19 @@ QuantizedLayer = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.Quantize
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, its scale in the dtype of the input, so that autocast keeps the fused kernel."""
+    """torch's RMSNorm, its scale in the dtype of the input, and under autocast too what it gives.
+
+    The one kernel behind it works in float32. Autocast on a GPU would hand it float32 and take float32 from it, which
+    is twice the traffic for nothing.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        if not torch.is_autocast_enabled(x.device.type):
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class Attention(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any
 
 from multimatrix.attention import AttentionSpec, make_spec, spec_class
 from multimatrix.errors import InputError
+from multimatrix.fields import LARGEST, nearest_divisor
 
 # Settings that every variant has, and whose customary sizes may depend on them.
 SHARED = {field.name for field in dataclasses.fields(AttentionSpec)} - {"hidden_size", "num_heads"}
@@ -38,22 +39,18 @@ def specs_from_labels(
             raise InputError(f"cannot read {label!r}; after @ write a tag of letters, digits and _ . + -")
     if hidden_size < 1:
         raise InputError(f"hidden_size must be at least 1, got {hidden_size}")
+    if hidden_size > LARGEST:
+        raise InputError(f"hidden_size must be at most {LARGEST:,}, got {hidden_size:,}")
     if not 1 <= head_dim <= hidden_size:
         raise InputError(f"head_dim must be between 1 and the hidden_size of {hidden_size}, got {head_dim}")
     if hidden_size % head_dim:
-        nearest = min((d for d in range(1, hidden_size + 1) if hidden_size % d == 0), key=lambda d: abs(d - head_dim))
+        nearest = nearest_divisor(hidden_size, head_dim)
         raise InputError(
             f"heads of {head_dim} do not fill a hidden_size of {hidden_size}; head_dim must divide it, the nearest "
             f"that does: {nearest}"
         )
-    changes: dict[str, dict[str, Any]] = {label: {} for label in labels}
-    for override in overrides:
-        label, field, value = _parse_override(override)
-        if label not in changes:
-            raise InputError(f"{override!r} sets a size of {label!r}, which is not among {', '.join(labels)}")
-        changes[label][field] = value
     specs = {}
-    for label, changed in changes.items():
+    for label, changed in sizes_by_label(overrides, labels).items():
         cls = spec_class(label.partition("@")[0])
         if "variant" in changed:
             raise InputError(f"{label} has no size 'variant'; choose the variant where variants are listed")
@@ -61,6 +58,21 @@ def specs_from_labels(
         usual = cls.sized(hidden_size, head_dim, **options | shared)
         specs[label] = make_spec(hidden_size, usual.to_dict() | changed)
     return specs
+
+
+def sizes_by_label(overrides: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`mfa.num_heads=18` -> {"mfa": {"num_heads": 18}, ...}, with an entry for every label.
+
+    Raises:
+        InputError: one of `overrides` cannot be read or names none of `labels`.
+    """
+    changes: dict[str, dict[str, Any]] = {label: {} for label in labels}
+    for override in overrides:
+        label, field, value = _parse_override(override)
+        if label not in changes:
+            raise InputError(f"{override!r} sets a size of {label!r}, which is not among {', '.join(labels)}")
+        changes[label][field] = value
+    return changes
 
 
 def _parse_override(text: str) -> tuple[str, str, Any]:

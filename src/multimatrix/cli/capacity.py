@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from multimatrix.cli.options import Json, Position, Sizes, Variants, refuse_beside, short_count, split_labels
+from multimatrix.cli.options import Json, Position, Sizes, Variants, refuse_beside, split_labels
+from multimatrix.words import short_count
 
 
 def capacity(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,17 +26,17 @@ Position = Annotated[str, typer.Option(help="Position encoding of every variant:
 
 def refuse_beside(ctx: typer.Context, fact: str, *names: str) -> None:
     """InputError where an option was given that has no effect, because of `fact`."""
-    if option := _given(ctx, names):
+    if option := given(ctx, names):
         raise InputError(f"{fact}, which {option} cannot change; leave one of them out")
 
 
 def refuse_without(ctx: typer.Context, needed: str, *names: str) -> None:
     """InputError where an option was given that has no effect because `needed` was not."""
-    if option := _given(ctx, names):
+    if option := given(ctx, names):
         raise InputError(f"{option} has no effect without {needed}; give both or leave it out")
 
 
-def _given(ctx: typer.Context, names: Collection[str]) -> str:
+def given(ctx: typer.Context, names: Collection[str]) -> str:
     """The first of these options that stands on the command line, as it is written there; "" for none."""
     for option in ctx.command.params:
         source = ctx.get_parameter_source(option.name) if option.name in names else None
@@ -104,9 +105,41 @@ def byte_count(option: str, text: str) -> int:
     return size
 
 
-def short_count(count: int) -> str:
-    """All digits where they fit, else an SI prefix: 24,576 and 12.19 M."""
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if count >= size:
-            return f"{count / size:.2f} {prefix}"
-    return f"{count:,}"
+def token_counts(option: str, text: str) -> list[int]:
+    """`8192, 128k, 1M` -> [8192, 131072, 1048576]; k and M are 1024 and its square.
+
+    Raises:
+        InputError: it is anything else, or a number below 1.
+    """
+    counts = []
+    for part in split_labels(text):
+        found = re.fullmatch(r"([+-]?\d+(?:\.\d+)?) *([kM]?)", part, re.IGNORECASE)
+        count = float(found[1]) * 1024 ** " KM".index(found[2].upper() or " ") if found else 0.5
+        if count != int(count):
+            raise InputError(
+                f"{option} takes whole numbers such as 8192, 128k or 1M, separated by commas, got {part!r}"
+            )
+        if count < 1:
+            raise InputError(f"{option} must be at least 1, got {part}")
+        counts.append(int(count))
+    if not counts:
+        raise InputError(f"{option} names no number; give one, for example 8192")
+    return counts
+
+
+def amount(option: str, text: str) -> float:
+    """`4.8TB`, `989T`, `1.98e15` -> a number; InputError that names the option where it is none, or not positive."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?) *([KMGTP]?)B?", text.strip(), re.IGNORECASE)
+    value = float(found[1]) * 1000.0 ** " KMGTP".index(found[2].upper() or " ") if found else 0.0
+    if not 0 < value < math.inf:
+        raise InputError(f"{option} takes a positive number such as 4.8TB, 989T or 1.98e15, got {text!r}")
+    return value
+
+
+def share(option: str, text: str) -> float:
+    """`10%` or `0.1` -> 0.1; InputError that names the option where it is anything else or not within 0 and 100 %."""
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) *(%?)", text.strip())
+    value = float(found[1]) / (100 if found[2] else 1) if found else -1
+    if not 0 <= value <= 1:
+        raise InputError(f"{option} takes a share of 0 to 100 %, such as 10% or 0.1; got {text!r}")
+    return value

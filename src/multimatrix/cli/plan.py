@@ -1,10 +1,12 @@
-"""`multimatrix plan`: what a model's cache and decoding cost."""
+"""`multimatrix plan`: what a model's cache and decoding cost, and what devices make of it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,32 +15,71 @@ from multimatrix.cli.options import (
     Position,
     Sizes,
     Variants,
-    plain_table,
+    amount,
+    given,
     refuse_beside,
-    short_count,
+    refuse_without,
+    share,
     split_labels,
-    whole_numbers,
+    token_counts,
 )
 from multimatrix.errors import InputError
 
+if TYPE_CHECKING:
+    from multimatrix.plan.answer import Question
+    from multimatrix.plan.hardware import Hardware
+    from multimatrix.plan.model import DecoderSizes
+
+REPORTED = "h800,h20,a800,910b"  # those that the Step-3 report prices
 SPEC_OPTIONS = (
     *("hidden_size", "layers", "head_dim", "vocab_size", "intermediate_size", "tie_word_embeddings"),
-    *("variants", "position", "sizes"),
+    *("variants", "position"),
 )
+LAYOUT_OPTIONS = ("tensor_parallel", "attention_data_parallel", "data_parallel")
 
 
 def plan(
     ctx: typer.Context,
     models: Annotated[
-        list[Path] | None, typer.Argument(help="config.json files or their folders, each a column of the table.")
+        list[str] | None,
+        typer.Argument(help="config.json files, their folders, or owner/name on the Hugging Face hub; each a column."),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(help="Published models by name: step3, deepseek-v3, kimi-k2, qwen3-235b-a22b, qwen3-32b."),
     ] = None,
-    context: Annotated[str, typer.Option(help="Tokens that a decoded token sees; 8192,32768 for both.")] = "8192",
+    context: Annotated[str, typer.Option(help="Tokens that a decoded token sees; 8192,128k,1M for three.")] = "8192",
     kv_bits: Annotated[int, typer.Option(help="Bits of a cached element: 16, 8 or 4.")] = 16,
-    gpu: Annotated[str, typer.Option(help="Accelerators of the table, comma-separated.")] = "h800,h20,a800,910b",
+    page_size: Annotated[int, typer.Option(help="Tokens of a page of the cache; pages are kept whole.")] = 1,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Accelerators of the table, comma-separated; default h800,h20,a800,910b."),
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="Bytes of an accelerator of your own, such as 141GB.")] = None,
+    bandwidth: Annotated[str | None, typer.Option(help="Its bytes per second, such as 4.8TB.")] = None,
+    flops: Annotated[str | None, typer.Option(help="Its peak of dense products per second, such as 989T.")] = None,
+    price: Annotated[str | None, typer.Option(help="Its dollars per hour.")] = None,
+    batch: Annotated[
+        str, typer.Option(help="Sequences decoded at once on all devices; 1,64 for two. The largest is always shown.")
+    ] = "1",
+    tensor_parallel: Annotated[int, typer.Option(help="Devices that share the heads and all else.")] = 1,
+    attention_data_parallel: Annotated[
+        int, typer.Option(help="Copies of attention, each for sequences of its own; all else is shared by them.")
+    ] = 1,
+    data_parallel: Annotated[int, typer.Option(help="Copies of the whole model.")] = 1,
+    weight_bits: Annotated[int, typer.Option(help="Bits of a weight: 16, 8 or 4.")] = 16,
+    workspace: Annotated[str, typer.Option(help="Share of the memory that is neither weights nor cache.")] = "10%",
+    efficiency: Annotated[str, typer.Option(help="Share of the peaks that is reached; 100% is the bound.")] = "100%",
+    replace: Annotated[
+        list[str] | None,
+        typer.Option(help="Also plan each model with its attention replaced: mfa or mfa_kr; repeatable."),
+    ] = None,
+    equal: Annotated[
+        str, typer.Option(help="What a replacement keeps: parameters, cache (and parameters), or parameters,cache.")
+    ] = "parameters",
+    target_kv: Annotated[
+        str | None, typer.Option(help="Search MFA and MFA-KR sizes whose cache is at most this share: 10%.")
+    ] = None,
     hidden_size: Annotated[int, typer.Option(help="H, elements of the hidden vector.")] = 2048,
     layers: Annotated[int, typer.Option(help="Number of decoder layers.")] = 24,
     head_dim: Annotated[int, typer.Option(help="Head dim of MHA; the other variants' sizes follow.")] = 128,
@@ -50,24 +91,54 @@ def plan(
     variants: Variants = "mha,gqa,mla,mfa,mfa_kr",
     position: Position = "rope",
     sizes: Sizes = None,
+    html: Annotated[Path | None, typer.Option(help="Also write one page with tables and figures to this file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Print what whole models cost to decode.
+    """Print what whole models cost to decode, and what devices make of it.
 
-    Parameters, KV bytes, FLOPs of one decoded token, and its price. Models are recipes, config.json files, or sizes
-    given by options.
+    Parameters, KV bytes, FLOPs of one decoded token, and on each accelerator what bounds decoding, how fast it is at
+    best, what fits and its price. Models are recipes, config.json files, or sizes given by options. --batch beside
+    --gpu, or --target-kv, searches MFA sizes that fit.
     """
-    from multimatrix.attention.sizes import specs_from_labels
+    from multimatrix.attention.sizes import sizes_by_label, specs_from_labels
+    from multimatrix.files import check_writable
+    from multimatrix.plan.answer import Question, answer
     from multimatrix.plan.hardware import find_hardware
-    from multimatrix.plan.model import DecoderSizes, check_layers, decode_cost, plan_row
-    from multimatrix.plan.sources import from_config, from_recipe
+    from multimatrix.plan.model import DecoderSizes, check_layers
+    from multimatrix.plan.parallel import Layout
+    from multimatrix.plan.search import REPLACEMENTS
+    from multimatrix.plan.sources import from_place, from_recipe
 
+    contexts, batches = token_counts("--context", context), token_counts("--batch", batch)
+    if html is not None:
+        check_writable(html)
+    own = _own_hardware(memory, bandwidth, flops, price)
+    named = split_labels("" if own and gpu is None else REPORTED if gpu is None else gpu)
+    chips = find_hardware(named) + own
+    layout = Layout(tensor_parallel, attention_data_parallel, data_parallel)
+    question = Question(
+        chips=tuple(chips),
+        kv_bits=kv_bits,
+        weight_bits=weight_bits,
+        page_size=page_size,
+        workspace=share("--workspace", workspace),
+        efficiency=share("--efficiency", efficiency),
+        layout=layout if given(ctx, LAYOUT_OPTIONS) else None,
+        batches=tuple(batches),
+        target_kv=None if target_kv is None else share("--target-kv", target_kv),
+    )
     names = split_labels(recipe or "")
     if recipe is not None and not names:
         raise InputError("--recipe names no model; give one, for example step3")
-    planned = [from_recipe(name) for name in names] + [from_config(place) for place in models or ()]
-    if planned:
+    if given(ctx, ("batch",)) and chips and (own or gpu is not None) and not replace:
+        one_model = len(names) + len(models or ()) == 1 or not (names or models or "," in variants)
+        question = dataclasses.replace(question, searched=one_model)
+    if names or models:
         refuse_beside(ctx, "a recipe or config.json has sizes of its own", *SPEC_OPTIONS)
+        if not replace and not question.searches:
+            refuse_without(ctx, "--replace or --target-kv where models are read", "sizes")
+        question = dataclasses.replace(question, fixed=sizes_by_label(sizes or (), REPLACEMENTS))
+        planned = [from_recipe(name) for name in names] + [from_place(place) for place in models or ()]
     else:
         specs = specs_from_labels(
             split_labels(variants),
@@ -87,59 +158,59 @@ def plan(
             )
             for label, spec in specs.items()
         ]
-    accelerators = find_hardware(split_labels(gpu))
-    rows = [
-        plan_row(model, tokens, kv_bits)
-        | {"hardware": [chip.row(decode_cost(model, tokens, kv_bits)) for chip in accelerators]}
-        for model in planned
-        for tokens in whole_numbers("--context", context)
-    ]
-    if not rows:
-        raise InputError("--context names no number of tokens; give one, for example 8192")
+    for model in planned:
+        for warning in model.warnings:
+            print(f"warning: {model.name}: {warning}", file=sys.stderr)
+    if not replace:
+        refuse_without(ctx, "--replace", "equal")
+    planned = [each for model in planned for each in (model, *_replacements(model, replace or [], equal, question))]
+    rows = [answer(model, tokens, question) for model in planned for tokens in contexts]
+    if html is not None:
+        from multimatrix.plan.page import write_page
+
+        write_page(html, planned, rows, question)
     if as_json:
         print(json.dumps(rows[0] if len(rows) == 1 else rows, indent=2))
     else:
-        _print_plan(rows)
+        from multimatrix.cli.plan_tables import print_plan
+
+        print_plan(rows, question)
+        if html is not None:
+            print(f"wrote {html}")
 
 
-def _print_plan(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
+def _own_hardware(*given: str | None) -> list[Hardware]:
+    """The accelerator that --memory, --bandwidth, --flops and --price describe, if any does."""
+    from multimatrix.plan.hardware import Hardware
 
-    columns = [f"{row['model']}\nat {row['context']:,}" for row in rows]
-    table = plain_table("", ["", *columns], right=columns)
+    options = ("--memory", "--bandwidth", "--flops", "--price")
+    numbers = {option: amount(option, text) for option, text in zip(options, given, strict=True) if text is not None}
+    missing = [option for option in options[:3] if option not in numbers]
+    if not numbers:
+        return []
+    if missing:
+        raise InputError(f"an accelerator of your own needs {', '.join(missing)} beside {', '.join(numbers)}")
+    return [
+        Hardware(
+            name="own",
+            title="your own numbers",
+            memory_bytes=numbers["--memory"],
+            bytes_per_second=numbers["--bandwidth"],
+            flops_per_second=numbers["--flops"],
+            dollars_per_hour=numbers.get("--price"),
+        )
+    ]
 
-    def line(label: str, values: list[Any]) -> None:
-        table.add_row(label, *(short_count(value) if isinstance(value, int) else value for value in values))
 
-    def lines(labels: dict[str, str], of: list[dict[str, Any]]) -> None:
-        for label, key in labels.items():
-            line(label, [row[key] for row in of])
+def _replacements(model: DecoderSizes, variants: list[str], equal: str, question: Question) -> list[DecoderSizes]:
+    from multimatrix.plan.search import EQUAL, replaced
 
-    lines({"parameters": "parameters", "  of them active": "active_parameters"}, rows)
-    for part in rows[0]["parameters_by_part"]:
-        line(f"  {part.replace('_', ' ')}", [row["parameters_by_part"][part] for row in rows])
-    for bits in rows[0]["kv_bytes_per_token_by_bits"]:
-        line(f"KV bytes/token, {bits} bit", [row["kv_bytes_per_token_by_bits"][bits] for row in rows])
-    table.add_section()
-    lines(
-        {
-            f"KV bytes read, {rows[0]['kv_bits']} bit": "kv_bytes",
-            "FLOPs, attention core": "attention_core_flops",
-            "  linear": "linear_flops",
-            "  feed-forward": "feed_forward_flops",
-            "  router": "router_flops",
-            "  output head": "output_head_flops",
-        },
-        rows,
-    )
-    line("core FLOPs/KV byte", [f"{row['arithmetic_intensity']:.1f}" for row in rows])
-    for chips in zip(*(row["hardware"] for row in rows), strict=True):
-        line(f"{chips[0]['hardware']}: $ of attention", [f"{chip['attention_dollars']:.4f}" for chip in chips])
-        line("  its core waits for", [chip["bound"] for chip in chips])
-        line("  $ of the rest", [f"{chip['other_dollars']:.4f}" for chip in chips])
-    console = Console()
-    console.print(table)
-    console.print("FLOPs and bytes are those of one decoded token of the whole model, dollars those of a million.")
-    for row in {row["model"]: row for row in rows}.values():
-        if row["unread_fields"]:
-            console.print(f"{row['model']}: not read, and may matter: {', '.join(row['unread_fields'])}")
+    kept = [known for known in EQUAL if known in split_labels(equal)]
+    if not kept or not set(split_labels(equal)) <= set(kept):
+        raise InputError(f"--equal takes {' or '.join(EQUAL)}, or both separated by a comma; got {equal!r}")
+    multiple = question.layout.tensor if question.layout else 1
+    return [
+        replaced(model, variant, keeps, fixed=question.fixed.get(variant), multiple=multiple)
+        for variant in variants
+        for keeps in kept
+    ]

@@ -13,10 +13,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from scipy.optimize import isotonic_regression
 
 from multimatrix.compare.folder import METRICS
-from multimatrix.compare.style import INK, LABEL, display_name, dress, empty, style_of
+from multimatrix.pages.drawing import INK, End, display_name, dress, empty, label_ends, style_of
 
 # Points of a line that are drawn at most: long runs have more than a screen.
 DRAWN = 400
@@ -204,24 +203,11 @@ def _label_ends(
     text: Callable[[str], str],
     unfinished: Callable[[str], str],
 ) -> None:
-    """Name and last value to the right of each line, moved apart as little as it takes not to overlap."""
-    ordered = sorted(curves, key=lambda name: curves[name].mean[-1])
-    bottom, top = axes.get_ylim()
+    """Name and last value to the right of each line."""
     end = max(curve.tokens[-1] for curve in curves.values())
-    ends = np.array([(curves[name].mean[-1] - bottom) / (top - bottom) for name in ordered])
-    steps = min(0.08, 1 / len(ordered)) * np.arange(len(ordered))  # of the axes' height
-    heights = np.clip(isotonic_regression(ends - steps).x, 0, 1 - steps[-1]) + steps
-    for name, y in zip(ordered, heights, strict=True):
-        x, loss = curves[name].tokens[-1], curves[name].mean[-1]
+    ends = []
+    for name, curve in curves.items():
+        x, loss = curve.tokens[-1], curve.mean[-1]
         note = unfinished(name) if x < 0.99 * end else ""
-        leader = {"arrowstyle": "-", "linestyle": ":", "color": style(name)[0], "relpos": (0, 0.5)}
-        axes.annotate(
-            f"{text(name)} {loss:.3f}" + (f" ({note})" if note else ""),
-            (x, loss),
-            (1.03, y),
-            textcoords="axes fraction",
-            arrowprops={**leader, "shrinkA": 0, "shrinkB": 2},
-            va="center",
-            annotation_clip=False,
-            **LABEL,
-        )
+        ends.append(End(f"{text(name)} {loss:.3f}" + (f" ({note})" if note else ""), x, loss, style(name)[0]))
+    label_ends(axes, ends)

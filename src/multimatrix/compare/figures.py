@@ -1,31 +1,16 @@
-"""The two figures of a comparison, and figures as files.
-
-All are drawn with matplotlib's object-oriented interface; no global state is touched.
-"""
+"""The two figures of a comparison, and figures as files; how they look is in `pages.drawing`."""
 
 from __future__ import annotations
 
-from io import StringIO
 from pathlib import Path
 from typing import Any
-
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from multimatrix.compare.curves import loss_against_tokens, losses_of_runs
 from multimatrix.compare.scatter import loss_against_kv_bytes
 from multimatrix.files import write_text
+from multimatrix.pages.drawing import to_svg
 
-__all__ = ["loss_against_kv_bytes", "loss_against_tokens", "losses_of_runs", "save_figures", "to_svg"]
-
-
-def to_svg(figure: Figure, transparent: bool = False) -> str:
-    """The figure as SVG text without dates or random identifiers: the same data give the same text."""
-    buffer = StringIO()
-    with rc_context({"svg.fonttype": "path", "svg.hashsalt": "multimatrix"}):
-        nothing = dict.fromkeys(["Creator", "Date", "Format", "Type"])
-        figure.savefig(buffer, format="svg", transparent=transparent, metadata=nothing)
-    return buffer.getvalue()
+__all__ = ["loss_against_kv_bytes", "loss_against_tokens", "losses_of_runs", "save_figures"]
 
 
 def save_figures(results: dict[str, Any], directory: Path) -> dict[str, Path]:

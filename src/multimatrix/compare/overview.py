@@ -20,19 +20,21 @@ from multimatrix import __version__
 from multimatrix.compare import figures, report
 from multimatrix.compare.folder import FAILURE, LOCK, METRICS, RESULT, State, state_of
 from multimatrix.compare.results import gather, latest
-from multimatrix.compare.style import OTHER_COLOURS, STYLES, format_bytes
 from multimatrix.errors import InputError
 from multimatrix.files import write_json, write_text
 from multimatrix.locks import is_locked, locked
+from multimatrix.pages.drawing import OTHER_COLOURS, STYLES, format_bytes, inline
+from multimatrix.pages.frame import page_template
 from multimatrix.train.folder import read_ours
+from multimatrix.words import number
 
 DRAWN = 24  # curves that can still be told apart
 DESCRIBED = ("rows", "runs", "config", "corpus", "tokens", "device_type", "sharing")
 # Heading, key in the metrics, and how its last value is written.
 NUMBERS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
-    ("loss", "loss", lambda value: report.number(value, 4)),
-    ("valid. loss", "validation_loss", lambda value: report.number(value, 4)),
-    ("tok/s", "tokens_per_second", report.number),
+    ("loss", "loss", lambda value: number(value, 4)),
+    ("valid. loss", "validation_loss", lambda value: number(value, 4)),
+    ("tok/s", "tokens_per_second", number),
     ("MFU", "mfu", report.percent),
     ("memory", "memory_bytes", format_bytes),
     ("left", "seconds_left", report.duration),
@@ -142,8 +144,7 @@ def _render(folder: Path, runs: list[dict[str, Any]]) -> str:
     for place, run in enumerate(run for run in runs if run in drawn):
         run["colour"] = colours[place % len(colours)]
     states = report.count_states(runs)
-    return report.fill_page(
-        "runs.html.jinja",
+    return page_template("multimatrix.compare", "runs.html.jinja").render(
         title="multimatrix report",
         version=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -159,7 +160,7 @@ def _render(folder: Path, runs: list[dict[str, Any]]) -> str:
             for path in sorted(folder.rglob("report.html"))
             if path.parent != folder and (path.parent / "results.json").is_file()
         ],
-        losses=report.inline(figures.losses_of_runs([run for run in runs if run in drawn], folder)),
+        losses=inline(figures.losses_of_runs([run for run in runs if run in drawn], folder)),
     )
 
 

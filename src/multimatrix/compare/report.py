@@ -13,15 +13,15 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from multimatrix.compare import figures
-from multimatrix.compare.style import INK, display_name, format_bytes, style_of
 from multimatrix.files import write_text
+from multimatrix.pages.drawing import display_name, format_bytes, inline, style_of
+from multimatrix.pages.frame import page_template
+from multimatrix.words import number
 
 Row = dict[str, Any]
 SHOWN = 5  # reasons of failed runs above the tables
@@ -47,11 +47,6 @@ class Column(NamedTuple):
     cell: Callable[[Row], Cell | str]
     terminal: bool = True
     needs: str | None = None
-
-
-def number(value: float | None, digits: int = 0, sign: bool = False) -> str:
-    """`1,234` or `1.4321`, with `sign` also `+0.0213`; a dash for None."""
-    return "–" if value is None else f"{value:{'+' if sign else ''},.{digits}f}"
 
 
 def percent(fraction: float | None, digits: int = 1, sign: bool = False) -> str:
@@ -260,8 +255,7 @@ def render(results: dict[str, Any], directory: Path) -> str:
     `directory` is the run directory; the curves are read from the `metrics.jsonl` files below it.
     """
     rows, config = results.get("rows") or [], results.get("config") or {}
-    return fill_page(
-        "report.html.jinja",
+    return page_template("multimatrix.compare", "report.html.jinja").render(
         refresh=REFRESH if results.get("running") else None,
         states=count_states(results.get("runs") or []),
         title=results.get("title") or "multimatrix compare",
@@ -290,15 +284,6 @@ def render(results: dict[str, Any], directory: Path) -> str:
         ],
         facts={key: _flatten(results.get(key) or {}) for key in ("corpus", "config", "environment")},
     )
-
-
-def fill_page(template: str, **values: Any) -> str:
-    """A page from its template; what is not marked as HTML is text."""
-    loader = PackageLoader("multimatrix.compare", ".")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template(template).render(values)
 
 
 def count_states(runs: list[dict[str, Any]]) -> dict[str, int]:
@@ -332,12 +317,6 @@ def _headings(columns: tuple[Column, ...] | list[Column], results: dict[str, Any
 def _cells(columns: tuple[Column, ...] | list[Column], row: Row) -> list[Cell]:
     cells = (column.cell(row) for column in columns)
     return [cell if isinstance(cell, Cell) else Cell(cell, "quiet" if cell == "–" else "") for cell in cells]
-
-
-def inline(figure: Any) -> Markup:
-    """The figure as an SVG element in the colour of the text around it; matplotlib escapes what it writes."""
-    svg = figures.to_svg(figure, transparent=True)
-    return Markup(svg[svg.index("<svg") :].replace(INK, "currentColor"))
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 from matplotlib.transforms import Bbox
 
-from multimatrix.compare.style import INK, LABEL, display_name, dress, empty, format_bytes, style_of
+from multimatrix.pages.drawing import INK, LABEL, display_name, dress, empty, format_bytes, style_of
 
 
 class Point(NamedTuple):

@@ -29,6 +29,8 @@ class MultimatrixConfig(PreTrainedConfig):
     mixture_of_experts: experts in place of the dense feed-forward, `{"num_experts": 8, "experts_per_token": 2,
         "intermediate_size": 512, "shared_intermediate_size": 512}`; the fields are those of `ExpertsSpec`. Layers that
         its `layers` leaves out keep the dense one of `intermediate_size`.
+    skip_logits: where labels are given, return the loss without logits, which are then never held for all tokens, see
+        `model.loss`. Set it while you train with a large vocabulary.
     output_router_logits: return the router's logits and the load-balancing loss, which while training is added to the
         loss with the factor router_aux_loss_coef. Set it when you train a mixture of experts.
 
@@ -56,6 +58,7 @@ class MultimatrixConfig(PreTrainedConfig):
     mixture_of_experts: dict | None = None
     router_aux_loss_coef: float | int = 0.01
     output_router_logits: bool = False
+    skip_logits: bool = False
     tie_word_embeddings: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None

@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, sdpa_mask
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -26,11 +27,13 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from multimatrix.attention.gmha import plain_weight
 from multimatrix.attention.module import Attention, RMSNorm, RotaryTables
 from multimatrix.errors import InputError
 from multimatrix.model.card import model_card, write_card
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.layer import DecoderLayer
+from multimatrix.model.loss import loss_terms, next_token_loss
 from multimatrix.model.masks import within_documents
 from multimatrix.model.mixture import Experts, load_balancing_loss, share_of_step
 
@@ -124,9 +127,8 @@ class MultimatrixModel(MultimatrixPreTrainedModel):
         self.tensor_parallel_processes = distributed.tp_size or 1 if distributed is not None else 1
         config.check_tensor_parallel(self.tensor_parallel_processes)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, spec, layer_idx) for layer_idx, spec in enumerate(config.layer_specs())
-        )
+        self.specs = config.layer_specs()
+        self.layers = nn.ModuleList(DecoderLayer(config, spec, layer_idx) for layer_idx, spec in enumerate(self.specs))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -172,16 +174,23 @@ class MultimatrixModel(MultimatrixPreTrainedModel):
             cache = DynamicCache(config=self.config)
 
         x = inputs_embeds  # [B, T, H]
+        if torch.is_autocast_enabled(x.device.type):
+            # Or the residual stream would stay in float32, and half of all traffic is the residual stream.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         seen = cache.get_seq_length() if cache is not None else 0
         # Positions are slots: rotations are relative, so left padding needs nothing more.
         positions = torch.arange(x.shape[1], device=x.device) + seen  # [T]
         rotary = RotaryTables(positions, x.dtype, self.config.rope)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            **{CACHE: cache},
-        )
+        for spec in self.specs:
+            rotary.new(spec)  # before the layers, so that layers that are compiled one by one are all alike
+        mask = None  # all see what is before them; transformers would make a mask of it where a compiler reads along
+        if attention_mask is not None or cache is not None:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=x,
+                attention_mask=attention_mask,
+                **{CACHE: cache},
+            )
         if position_ids is not None and (attention_mask is None or attention_mask.dim() == 2):
             slots = cache.get_mask_sizes(x.shape[1], 0)[0] if cache is not None else x.shape[1]
             mask = within_documents(mask, position_ids, attention_mask, positions, slots)
@@ -209,8 +218,20 @@ class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MultimatrixModel(config)
         self.vocab_size = config.vocab_size
+        self.experts = config.experts_spec()
+        self.loss_terms = loss_terms
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def compile_layers(self, **options: Any) -> None:
+        """Compile every layer by itself, in place, and what `model.loss` makes of logits.
+
+        Layers that are alike share one graph, so that a deep model compiles as fast as a single layer; names and
+        hooks stay. options: of torch.compile.
+        """
+        for layer in self.model.layers:
+            layer.compile(**options)
+        self.loss_terms = torch.compile(loss_terms, **options)
 
     def static_cache(self, batch_size: int, max_cache_len: int) -> StaticCache:
         """A static cache whose memory exists from the start, as `torch.export` and CUDA graphs need it.
@@ -238,12 +259,14 @@ class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
         position_ids: Tensor | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         """Like `MultimatrixModel.forward`, and logits [B, T, vocab_size].
 
         labels: [B, T], -100 is ignored; the shift by one token is made here. logits_to_keep: only the last so many
-        tokens' logits, 0 for all, or the indices of the tokens. Where the router's logits are asked for, aux_loss is
+        tokens' logits, 0 for all, or the indices of the tokens. skip_logits: return no logits beside a loss, None as
+        the config has it. Where the router's logits are asked for, aux_loss is
         the load-balancing loss; it is part of the loss while training only, so that an evaluated loss stays the cross
         entropy.
         """
@@ -258,17 +281,24 @@ class MultimatrixForCausalLM(MultimatrixPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])  # [B, T, vocab_size]
-        loss = None
-        if labels is not None:
+        hidden = outputs.last_hidden_state[:, kept]  # [B, T, H]
+        skipped = labels is not None and (self.config.skip_logits if skip_logits is None else skip_logits)
+        head = plain_weight(self.lm_head, hidden) if skipped and self.loss_function is ForCausalLMLoss else None
+        logits = loss = None
+        if head is not None:
+            loss = next_token_loss(hidden, head, labels, terms=self.loss_terms, **kwargs)
+        else:
+            logits = self.lm_head(hidden)  # [B, T, vocab_size]
+        if labels is not None and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if skipped:
+            logits = None
         fields = {"logits": logits, "hidden_states": outputs.hidden_states, CACHE: outputs.get(CACHE)}
         router_logits = outputs.get("router_logits")
         if router_logits is None:
             return CausalLMOutputWithPast(loss=loss, **fields)
-        experts = self.config.experts_spec()
-        assert experts is not None
-        aux_loss = load_balancing_loss(router_logits, experts.experts_per_token, attention_mask)
+        assert self.experts is not None
+        aux_loss = load_balancing_loss(router_logits, self.experts.experts_per_token, attention_mask)
         if loss is not None and self.training:
             share = share_of_step(labels, kwargs.get("num_items_in_batch"))
             loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)

@@ -133,10 +133,6 @@ def why_not(
         return f"it does not compute in {q.dtype}"
     if any(dim % 16 or dim > 576 for dim in dims):
         return "its head dims are multiples of 16 up to 576"
-    # Heads of 96 gave NaN on an H100 and nowhere else; until that is understood they are refused there.
-    is_odd = source != "slice" and any(dim & (dim - 1) for dim in dims)
-    if key.dtype == torch.float8_e4m3fn and is_odd and not IS_INTERPRETED:
-        return "an e4m3 cache needs head dims that are powers of two"
     if source == "unrotated":
         if rotation is None or rotation.blocks != 1 or rotation.dim % 32:
             return "it rotates one block of a multiple of 32"
@@ -242,9 +238,13 @@ def _decode_op(
     num_splits: int | None,
 ) -> tuple[Tensor, Tensor]:
     turn = None if rotation is None else SlotRotation.from_text(rotation)
-    plan = plan_of(q, key, value, source, value_dim, 0 if turn is None else turn.dim)
+    is_plain = mask is None and slopes is None and window is None and sinks is None
+    plan = plan_of(q, key, value, source, value_dim, 0 if turn is None else turn.dim, is_plain)
     slots = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
-    tables = (None, None) if turn is None else turn.tiles(plan.block_slots, slots, q.device)
+    tables: tuple[Tensor | None, Tensor | None] = (None, None)
+    if turn is not None:
+        whole_tiles = -(-slots // plan.block_slots) * plan.block_slots
+        tables = turn.tiles(plan.turned_slots, whole_tiles, q.device)
     if num_splits is None:
         rows = q.shape[1] // key.shape[1] * q.shape[2]
         programs = q.shape[0] * key.shape[1] * -(-rows // plan.block_rows)

@@ -66,6 +66,19 @@ def _load_query(pointer, rows_at, row_valid, FIRST: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit
+def _largest(x):  # [BLOCK_R]
+    return tl.max(tl.abs(x.to(tl.float32)), 1)
+
+
+@triton.jit
+def _pair(x, unit):  # [2 BLOCK_R, BLOCK]: two e4m3 whose sum is x / unit, exactly where x has bfloat16's 8 bits
+    x = x.to(tl.float32) / unit[:, None]
+    high = x.to(tl.float8e4nv)
+    low = (x - high.to(tl.float32)).to(tl.float8e4nv)
+    return tl.reshape(tl.permute(tl.join(high, low), (2, 0, 1)), (2 * x.shape[0], x.shape[1]))
+
+
+@triton.jit
 def _store(pointer, rows_at, row_valid, value, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     at = pointer + rows_at[:, None] + (FIRST + columns)[None, :]
@@ -138,6 +151,8 @@ def split_kernel(
     CAUSAL: tl.constexpr,  # more than one new token
     EARLY: tl.constexpr,  # the combining kernel is launched before this one ends, and waits
     SCALES: tl.constexpr,  # 0: none, 1: per tensor, 2: per token
+    CARRIED: tl.constexpr,  # the query is converted
+    PAIR: tl.constexpr,  # scores of an e4m3 cache without conversion: the query is the sum of two e4m3
     DOT: tl.constexpr,  # dtype of the product with the values
     SCORE: tl.constexpr,  # dtype of the product with the keys
     TURN: tl.constexpr,  # dtype in which keys are rotated
@@ -173,11 +188,30 @@ def split_kernel(
 
     total_head = group * heads + head
     q_at = batch.to(tl.int64) * stride_qb + total_head.to(tl.int64) * stride_qn + token * stride_qt
-    q0 = _load_query(query, q_at, row_valid, 0, W0, B0).to(SCORE)
+    q0 = _load_query(query, q_at, row_valid, 0, W0, B0)
     if W1 > 0:
-        q1 = _load_query(query, q_at, row_valid, W0, W1, B1).to(SCORE)
+        q1 = _load_query(query, q_at, row_valid, W0, W1, B1)
     if W2 > 0:
-        q2 = _load_query(query, q_at, row_valid, W0 + W1, W2, B2).to(SCORE)
+        q2 = _load_query(query, q_at, row_valid, W0 + W1, W2, B2)
+    if PAIR:
+        largest_q = tl.maximum(_largest(q0), 1e-30)
+        if W1 > 0:
+            largest_q = tl.maximum(largest_q, _largest(q1))
+        if W2 > 0:
+            largest_q = tl.maximum(largest_q, _largest(q2))
+        # A power of two, so that the largest element is from 128 to 256 units.
+        unit = (largest_q.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) / 128
+        q0 = _pair(q0, unit)
+        if W1 > 0:
+            q1 = _pair(q1, unit)
+        if W2 > 0:
+            q2 = _pair(q2, unit)
+    else:
+        q0 = q0.to(SCORE)
+        if W1 > 0:
+            q1 = q1.to(SCORE)
+        if W2 > 0:
+            q2 = q2.to(SCORE)
     if HAS_SLOPES:
         slope = tl.load(slopes + total_head, mask=row_valid, other=0.0) * LOG2E
 
@@ -194,11 +228,12 @@ def split_kernel(
     value_scale += group.to(tl.int64) * stride_sg
     factor = scale * LOG2E
     value_factor = 1.0
-    if SCALES == 2:
-        value_factor = tl.zeros([], tl.float32) + 1e-30
     if SCALES == 1:
         factor *= tl.load(key_scale)
         value_factor = tl.load(value_scale)
+
+    if PAIR:
+        row_factor = factor * unit[:, None]
 
     if VALUE == ROTATE:
         pairs = tl.arange(0, B0)
@@ -216,78 +251,105 @@ def split_kernel(
         if W2 > 0:
             acc2 = tl.zeros([BLOCK_R, B2], tl.float32)
 
-    for start in range(low, high, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        valid = n < high
-        if HAS_WINDOW:
-            valid = valid & (n >= begin)
-        k_tile, k_rows = _rows(start, key, stride_kb, stride_ks, table, n, valid, PAGE, BLOCK_N)
-        k0 = _load(k_tile, k_rows, valid, 0, W0, B0).to(DOT)
-        if W1 > 0:
-            k1 = _load(k_tile, k_rows, valid, W0, W1, B1).to(DOT)
-        if W2 > 0:
-            k2 = _load(k_tile, k_rows, valid, W0 + W1, W2, B2).to(DOT)
-        if VALUE == ROTATE:
-            origin_at = origin + tl.cast(start // BLOCK_N, tl.int64) * 2 * W0 + pairs
-            origin_cos = tl.load(origin_at, mask=pair_valid, other=0.0)[None, :]
-            origin_sin = tl.load(origin_at + W0, mask=pair_valid, other=0.0)[None, :]
-            cos = origin_cos.to(TURN) * local_cos - origin_sin.to(TURN) * local_sin
-            sin = origin_sin.to(TURN) * local_cos + origin_cos.to(TURN) * local_sin
-            left, right = k0.to(TURN), k1.to(TURN)
-            turned0, turned1 = (left * cos - right * sin).to(SCORE), (right * cos + left * sin).to(SCORE)
-            s = tl.dot(q0, tl.trans(turned0), input_precision=PRECISION)
-            s = tl.dot(q1, tl.trans(turned1), s, input_precision=PRECISION)
-        else:
-            s = tl.dot(q0, tl.trans(k0.to(SCORE)), input_precision=PRECISION)
+    # A loop of one round. What it carries, products take from shared memory; a converted query that it did not carry
+    # would be loaded into registers anew for every tile.
+    for _ in range(tl.cdiv(high - low, 1 << 30)):
+        for start in range(low, high, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            valid = n < high
+            if HAS_WINDOW:
+                valid = valid & (n >= begin)
+            k_tile, k_rows = _rows(start, key, stride_kb, stride_ks, table, n, valid, PAGE, BLOCK_N)
+            k0 = _load(k_tile, k_rows, valid, 0, W0, B0)
             if W1 > 0:
-                s = tl.dot(q1, tl.trans(k1.to(SCORE)), s, input_precision=PRECISION)
-        if W2 > 0:
-            s = tl.dot(q2, tl.trans(k2.to(SCORE)), s, input_precision=PRECISION)
-        s *= factor
-        if SCALES == 2:
-            scale_tile, scale_rows = _rows(start, key_scale, stride_sb, stride_ss, table, n, valid, PAGE, BLOCK_N)
-            s *= tl.load(scale_tile + scale_rows, mask=valid, other=0.0)[None, :]
-        if HAS_SLOPES:
-            s += slope[:, None] * (n[None, :] - position[:, None])
-        seen = valid[None, :]
-        if CAUSAL:
-            seen = seen & (n[None, :] <= position[:, None])
-        if HAS_WINDOW:
-            seen = seen & (n[None, :] > position[:, None] - window)
-        if HAS_MASK:
-            mask_at = mask + batch.to(tl.int64) * stride_mb + token[:, None] * stride_mt + n[None, :]
-            seen = seen & (tl.load(mask_at, mask=row_valid[:, None] & valid[None, :], other=0) != 0)
-        s = tl.where(seen, s, float("-inf"))
-
-        new_top = tl.maximum(top, tl.max(s, 1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(s - shift[:, None])
-        decay = tl.exp2(top - shift)
-        total = total * decay + tl.sum(p, 1)
-        top = new_top
-        if SCALES == 2:
-            # Relative to the largest so far, or small scales would vanish in half precision.
-            scale_tile, scale_rows = _rows(start, value_scale, stride_sb, stride_ss, table, n, valid, PAGE, BLOCK_N)
-            value_scales = tl.load(scale_tile + scale_rows, mask=valid, other=0.0)
-            largest = tl.maximum(value_factor, tl.max(value_scales, 0))
-            p *= (value_scales / largest)[None, :]
-            decay *= value_factor / largest
-            value_factor = largest
-        p = p.to(DOT)
-        if VALUE == OWN:
-            v_tile, v_rows = _rows(start, value, stride_vb, stride_vs, table, n, valid, PAGE, BLOCK_N)
-            v0 = _load(v_tile, v_rows, valid, 0, V0, VB0).to(DOT)
-            acc0 = tl.dot(p, v0, acc0 * decay[:, None], input_precision=PRECISION)
-            if VB1 > 0:
-                v1 = _load(v_tile, v_rows, valid, V0, V1, VB1).to(DOT)
-                acc1 = tl.dot(p, v1, acc1 * decay[:, None], input_precision=PRECISION)
-        else:
-            acc0 = tl.dot(p, k0, acc0 * decay[:, None], input_precision=PRECISION)
-            if VB1 > 0:
-                acc1 = tl.dot(p, k1, acc1 * decay[:, None], input_precision=PRECISION)
-            if VALUE == KEY or VALUE == ROTATE:
+                k1 = _load(k_tile, k_rows, valid, W0, W1, B1)
+            if W2 > 0:
+                k2 = _load(k_tile, k_rows, valid, W0 + W1, W2, B2)
+            if PAIR:
+                both = tl.dot(q0, tl.trans(k0))
+                if W1 > 0:
+                    both = tl.dot(q1, tl.trans(k1), both)
                 if W2 > 0:
-                    acc2 = tl.dot(p, k2, acc2 * decay[:, None], input_precision=PRECISION)
+                    both = tl.dot(q2, tl.trans(k2), both)
+                s = tl.sum(tl.reshape(both, (2, BLOCK_R, BLOCK_N)), 0)
+                s *= row_factor
+            k0 = k0.to(DOT)
+            if W1 > 0:
+                k1 = k1.to(DOT)
+            if W2 > 0:
+                k2 = k2.to(DOT)
+            if VALUE == ROTATE:
+                origin_at = origin + tl.cast(start // BLOCK_N, tl.int64) * 2 * W0 + pairs
+                origin_cos = tl.load(origin_at, mask=pair_valid, other=0.0)[None, :]
+                origin_sin = tl.load(origin_at + W0, mask=pair_valid, other=0.0)[None, :]
+                cos = origin_cos.to(TURN) * local_cos - origin_sin.to(TURN) * local_sin
+                sin = origin_sin.to(TURN) * local_cos + origin_cos.to(TURN) * local_sin
+                left, right = k0.to(TURN), k1.to(TURN)
+                turned0, turned1 = (left * cos - right * sin).to(SCORE), (right * cos + left * sin).to(SCORE)
+                s = tl.dot(q0, tl.trans(turned0), input_precision=PRECISION)
+                s = tl.dot(q1, tl.trans(turned1), s, input_precision=PRECISION)
+            elif not PAIR:
+                s = tl.dot(q0, tl.trans(k0.to(SCORE)), input_precision=PRECISION)
+                if W1 > 0:
+                    s = tl.dot(q1, tl.trans(k1.to(SCORE)), s, input_precision=PRECISION)
+            if not PAIR:
+                if W2 > 0:
+                    s = tl.dot(q2, tl.trans(k2.to(SCORE)), s, input_precision=PRECISION)
+                s *= factor
+            if SCALES == 2:
+                scale_tile, scale_rows = _rows(start, key_scale, stride_sb, stride_ss, table, n, valid, PAGE, BLOCK_N)
+                s *= tl.load(scale_tile + scale_rows, mask=valid, other=0.0)[None, :]
+            if HAS_SLOPES:
+                s += slope[:, None] * (n[None, :] - position[:, None])
+            seen = valid[None, :]
+            if CAUSAL:
+                seen = seen & (n[None, :] <= position[:, None])
+            if HAS_WINDOW:
+                seen = seen & (n[None, :] > position[:, None] - window)
+            if HAS_MASK:
+                mask_at = mask + batch.to(tl.int64) * stride_mb + token[:, None] * stride_mt + n[None, :]
+                seen = seen & (tl.load(mask_at, mask=row_valid[:, None] & valid[None, :], other=0) != 0)
+            if SCALES == 2:
+                # Values' scales, 2^exponent times 1 to 2, belong to the weights. With the exponents in the scores, the
+                # largest weight is near 1, and none that counts is lost in half precision.
+                scale_tile, scale_rows = _rows(start, value_scale, stride_sb, stride_ss, table, n, valid, PAGE, BLOCK_N)
+                value_scales = tl.maximum(tl.load(scale_tile + scale_rows, mask=valid, other=1.0), 1e-30)
+                bits = value_scales.to(tl.int32, bitcast=True)
+                exponent = bits >> 23
+                s += (exponent - 127).to(tl.float32)[None, :]
+            s = tl.where(seen, s, float("-inf"))
+
+            new_top = tl.maximum(top, tl.max(s, 1))
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+            p = tl.exp2(s - shift[:, None])
+            decay = tl.exp2(top - shift)
+            if SCALES == 2:
+                total = total * decay + tl.sum(p * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[None, :], 1)
+                p *= ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)[None, :]
+            else:
+                total = total * decay + tl.sum(p, 1)
+            top = new_top
+            p = p.to(DOT)
+            if VALUE == OWN:
+                v_tile, v_rows = _rows(start, value, stride_vb, stride_vs, table, n, valid, PAGE, BLOCK_N)
+                v0 = _load(v_tile, v_rows, valid, 0, V0, VB0).to(DOT)
+                acc0 = tl.dot(p, v0, acc0 * decay[:, None], input_precision=PRECISION)
+                if VB1 > 0:
+                    v1 = _load(v_tile, v_rows, valid, V0, V1, VB1).to(DOT)
+                    acc1 = tl.dot(p, v1, acc1 * decay[:, None], input_precision=PRECISION)
+            else:
+                acc0 = tl.dot(p, k0, acc0 * decay[:, None], input_precision=PRECISION)
+                if VB1 > 0:
+                    acc1 = tl.dot(p, k1, acc1 * decay[:, None], input_precision=PRECISION)
+                if VALUE == KEY or VALUE == ROTATE:
+                    if W2 > 0:
+                        acc2 = tl.dot(p, k2, acc2 * decay[:, None], input_precision=PRECISION)
+        if CARRIED:
+            q0 = tl.zeros_like(q0)
+            if W1 > 0:
+                q1 = tl.zeros_like(q1)
+            if W2 > 0:
+                q2 = tl.zeros_like(q2)
 
     if EARLY:
         gdc_launch_dependents()
@@ -351,29 +413,49 @@ def combine_kernel(
     head = group * heads + row // tokens
     token = row % tokens
 
-    # All splits at once: what this kernel takes is latency, two loads in a row.
-    splits = tl.arange(0, BLOCK_S)
-    base = ((batch * groups + group) * num_splits).to(tl.int64)
-    at = (base + splits)[:, None] * rows + row[None, :]  # [BLOCK_S, BLOCK_R]
-    there = (splits < num_splits)[:, None] & row_valid[None, :]
-    sums = tl.load(part_lse + at, mask=there, other=float("-inf"))
-    top = tl.max(sums, 0)
+    base = ((batch * groups + group) * num_splits).to(tl.int64) * rows
+    column_valid = column < WIDTH
+    sink = tl.full([BLOCK_R], float("-inf"), tl.float32)
     if HAS_SINKS:
         sink = tl.load(sinks + head, mask=row_valid, other=0.0).to(tl.float32) * LOG2E
-        top = tl.maximum(top, sink)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    weights = tl.exp2(sums - shift[None, :])
-    # A split that saw nothing wrote nothing.
-    wrote = (sums > float("-inf"))[:, :, None] & (column < WIDTH)[None, None, :]
-    parts = tl.load(part + at[:, :, None] * WIDTH + column[None, None, :], mask=wrote, other=0.0)
-    acc = tl.sum(parts * weights[:, :, None], 0)  # [BLOCK_R, BLOCK_V]
-    total = tl.sum(weights, 0)
-    if HAS_SINKS:
-        total += tl.exp2(sink - shift)
+
+    # What this kernel takes is latency: all loads are under way at once. A split that saw nothing wrote nothing, and
+    # what lies in its place is not used.
+    if BLOCK_R > 1 or BLOCK_S == 2:
+        top = sink
+        for split in tl.static_range(BLOCK_S):
+            there = row_valid & (split < num_splits)
+            top = tl.maximum(top, tl.load(part_lse + base + split * rows + row, mask=there, other=float("-inf")))
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.exp2(sink - shift)
+        acc = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+        for split in tl.static_range(BLOCK_S):
+            there = row_valid & (split < num_splits)
+            at = base + split * rows + row
+            weight = tl.exp2(tl.load(part_lse + at, mask=there, other=float("-inf")) - shift)
+            parts = tl.load(
+                part + at[:, None] * WIDTH + column[None, :], mask=there[:, None] & column_valid[None, :], other=0.0
+            )
+            acc += tl.where((weight > 0)[:, None], parts * weight[:, None], 0.0)
+            total += weight
+    else:
+        # Many splits of one row.
+        split = tl.arange(0, BLOCK_S)
+        there = split < num_splits
+        at = base + split * rows + tl.program_id(0)
+        sums = tl.load(part_lse + at, mask=there, other=float("-inf"))
+        parts = tl.load(
+            part + at[:, None] * WIDTH + column[None, :], mask=there[:, None] & column_valid[None, :], other=0.0
+        )
+        top = tl.maximum(sink, tl.max(sums, 0))
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        weights = tl.exp2(sums - tl.max(shift, 0))
+        total = tl.exp2(sink - shift) + tl.sum(weights, 0)
+        acc = tl.sum(tl.where((weights > 0)[:, None], parts * weights[:, None], 0.0), 0)[None, :]
     acc = tl.where((total > 0)[:, None], acc / total[:, None], 0.0)
     o_at = batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_on + token * stride_ot
     to = out + o_at[:, None] + column[None, :]
-    tl.store(to, acc.to(out.dtype.element_ty), mask=row_valid[:, None] & (column < WIDTH)[None, :])
+    tl.store(to, acc.to(out.dtype.element_ty), mask=row_valid[:, None] & column_valid[None, :])
     if tl.program_id(1) == 0:
         lse_at = (batch * groups * heads + head).to(tl.int64) * tokens + token
         tl.store(lse + lse_at, (tl.log2(total) + shift) * LN2, mask=row_valid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,50 +52,66 @@ def launch(
     scale_strides = (0, 0, 0)
     if key_scale is not None and key_scale.dim() > 1:
         scale_strides = key_scale.stride()
-    triton_kernels.split_kernel[(num_splits, groups * blocks, batch)](
-        q,
-        key,
-        value,
-        part,
-        part_lse,
-        lengths if lengths is not None else lse,
-        length,
-        block_table if block_table is not None else lse,
-        mask if mask is not None else lse,
-        slopes if slopes is not None else lse,
-        sinks if sinks is not None else lse,
-        key_scale if key_scale is not None else lse,
-        value_scale if value_scale is not None else (key_scale if key_scale is not None else lse),
-        origin if origin is not None else lse,
-        local if local is not None else lse,
-        scale,
-        *q.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *out.stride()[:3],
-        0 if lengths is None or lengths.numel() == 1 else lengths.stride(0),
-        0 if block_table is None else block_table.stride(0),
-        *mask_strides,
-        *scale_strides,
-        heads // groups,
-        tokens,
-        groups,
-        num_splits,
-        window or 0,
-        **plan.constants(triton_kernels),
-        PAGE=page,
-        DIRECT=direct,
-        HAS_LENGTHS=lengths is not None,
-        HAS_MASK=mask is not None,
-        HAS_SLOPES=slopes is not None,
-        HAS_SINKS=sinks is not None,
-        HAS_WINDOW=window is not None,
-        CAUSAL=tokens > 1,
-        EARLY=early and not direct,
-        SCALES=0 if key_scale is None else 1 if key_scale.dim() == 1 else 2,
-        num_warps=plan.warps,
-        num_stages=plan.stages,
-    )
+    grid = (num_splits, groups * blocks, batch)
+    both = {
+        "query": q,
+        "key": key,
+        "value": value,
+        "out": part,
+        "lse": part_lse,
+        "lengths": lengths if lengths is not None else lse,
+        "length": length,
+        "table": block_table if block_table is not None else lse,
+        "key_scale": key_scale if key_scale is not None else lse,
+        "value_scale": value_scale if value_scale is not None else lse,
+        "origin": origin if origin is not None else lse,
+        "local": local if local is not None else lse,
+        "scale": scale,
+        **_strides("q", "bnt", q.stride()),
+        **_strides("k", "bgs", key.stride()),
+        **_strides("v", "bgs", value.stride()),
+        **_strides("o", "bnt", out.stride()),
+        "stride_lb": 0 if lengths is None or lengths.numel() == 1 else lengths.stride(0),
+        "stride_tb": 0 if block_table is None else block_table.stride(0),
+        **_strides("s", "bgs", scale_strides),
+        "heads": heads // groups,
+        "tokens": tokens,
+        "groups": groups,
+        "num_splits": num_splits,
+        "PAGE": page,
+        "DIRECT": direct,
+        "HAS_LENGTHS": lengths is not None,
+        "CAUSAL": tokens > 1,
+        "EARLY": early and not direct,
+        "SCALES": 0 if key_scale is None else 1 if key_scale.dim() == 1 else 2,
+    }
+    if plan.is_pipeline:
+        pipeline().pipeline_kernel[grid](
+            **both,
+            VALUE=plan.kind(triton_kernels),
+            DIM=key.shape[-1],
+            VALUE_DIM=value.shape[-1],
+            BLOCK_N=plan.block_slots,
+            STAGES=plan.stages,
+            num_warps=plan.warps,
+            maxnreg=pipeline().REGISTERS,
+        )
+    else:
+        triton_kernels.split_kernel[grid](
+            **both,
+            mask=mask if mask is not None else lse,
+            slopes=slopes if slopes is not None else lse,
+            sinks=sinks if sinks is not None else lse,
+            **_strides("m", "bt", mask_strides),
+            window=window or 0,
+            **plan.constants(triton_kernels),
+            HAS_MASK=mask is not None,
+            HAS_SLOPES=slopes is not None,
+            HAS_SINKS=sinks is not None,
+            HAS_WINDOW=window is not None,
+            num_warps=plan.warps,
+            num_stages=plan.stages,
+        )
     if not direct:
         # Tiles of about 8,192 numbers: wide where there are few splits, narrow where there are many.
         block_splits, block_width = power_of_two(num_splits), power_of_two(width)
@@ -123,6 +140,11 @@ def launch(
     return out, lse
 
 
+def _strides(tensor: str, axes: str, strides: Sequence[int]) -> dict[str, int]:
+    """The kernels' names of a tensor's strides."""
+    return {f"stride_{tensor}{axis}": stride for axis, stride in zip(axes, strides, strict=False)}
+
+
 @functools.cache
 def _can_launch_early(device: torch.device) -> bool:
     """Whether a kernel may be launched before the one it waits for has ended."""
@@ -136,3 +158,9 @@ def kernels() -> Any:
     """The module of the Triton kernels."""
     # By name: code that travels with a checkpoint runs where triton may be missing, and goes without kernels.
     return importlib.import_module("multimatrix.ops.decode_kernels")
+
+
+@functools.cache
+def pipeline() -> Any:
+    """The module of the kernel in Gluon, for Hopper."""
+    return importlib.import_module("multimatrix.ops.decode_pipeline")

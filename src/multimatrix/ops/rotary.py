@@ -192,22 +192,24 @@ class Rotation:
         return cls(angles.cos().to(dtype), angles.sin().to(dtype), blocks)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """R x for x [..., T, width]."""
+        """R x for x [B, heads, T, width]."""
         return x if self.sin is None else self._turn(x, self.sin)
 
     def inverse(self, x: Tensor) -> Tensor:
-        """R^-1 x for x [..., T, width]."""
+        """R^-1 x for x [B, heads, T, width]."""
         return x if self.sin is None else self._turn(x, -self.sin)
 
     def _turn(self, x: Tensor, sin: Tensor) -> Tensor:
         assert self.cos is not None
         # Under autocast x is narrower than the hidden states that the tables were made for.
-        cos, sin = self.cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)  # [T, 1, dim / 2]
+        cos, sin = (table[:, None, None].to(x.dtype) for table in (self.cos, sin))  # [T, 1, 1, dim / 2]
         half = cos.shape[-1]
-        blocks = x.unflatten(-1, (self.blocks, -1))  # [..., T, blocks, width / blocks]
-        first, second, rest = blocks.split((half, half, blocks.shape[-1] - 2 * half), dim=-1)
+        blocks = x.unflatten(-1, (self.blocks, -1))  # [B, heads, T, blocks, width / blocks]
+        first, second, rest = blocks.transpose(1, 2).split((half, half, blocks.shape[-1] - 2 * half), dim=-1)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
-        return turned.flatten(-2)
+        # Token by token, as projections leave their heads: attention's output then is laid out like that too, and
+        # the projection after it reads it where it is.
+        return turned.flatten(-2).transpose(1, 2)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 from multimatrix.attention import AttentionSpec
 from multimatrix.errors import InputError
 from multimatrix.model.experts import ExpertsSpec
+from multimatrix.plan.cache import element_bytes
 
 
 def decoder_parameters(
@@ -40,11 +41,14 @@ def decoder_parts(
     tie_word_embeddings: bool,
     experts: ExpertsSpec | None = None,
     active: bool = False,
+    norms_per_layer: int = 2,
+    feed_forward_matrices: int = 3,
 ) -> dict[str, int]:
     """Learned parameters by part of the model.
 
     intermediate_size: of the dense feed-forwards, which are all those that `experts` does not replace. active: leave
-    out the experts that a token does not take.
+    out the experts that a token does not take. norms_per_layer: of hidden_size each. feed_forward_matrices: of a dense
+    feed-forward, 3 for SwiGLU and 2 where nothing is gated.
     """
     hidden = specs[0].hidden_size
     router, feed_forward = 0, 0
@@ -53,20 +57,20 @@ def decoder_parts(
             router += experts.router_parameters(hidden)
             feed_forward += experts.active_parameters(hidden) if active else experts.parameters(hidden)
         else:
-            feed_forward += 3 * hidden * intermediate_size  # SwiGLU's three matrices
+            feed_forward += feed_forward_matrices * hidden * intermediate_size
     return {
         "embeddings": vocab_size * hidden,
         "attention": sum(spec.parameters for spec in specs),
         "feed_forward": feed_forward - router,
         "router": router,
-        "norms": (2 * len(specs) + 1) * hidden,  # two per layer, and the final one
+        "norms": (norms_per_layer * len(specs) + 1) * hidden,  # and the final one
         "output_head": 0 if tie_word_embeddings else vocab_size * hidden,
     }
 
 
 def kv_bytes_per_token(specs: Sequence[AttentionSpec], bits: int = 16) -> int:
     """Bytes that one token adds to the KV cache of a model with one spec per layer, without scales of quantization."""
-    return (sum(spec.cache.elements for spec in specs) * bits + 7) // 8  # whole bytes
+    return sum(element_bytes(spec, bits) for spec in specs)
 
 
 def match_intermediate_size(

@@ -1,0 +1,1 @@
+"""What pages have in common: their frame, their tables and how their figures look."""
