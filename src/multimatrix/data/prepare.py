@@ -69,7 +69,7 @@ def prepare_text(
         "duplicates_dropped": meta["duplicates_dropped"],
         "tokenizer": tokenizer_name,
         "vocab_size": meta["vocab_size"],
-        "bytes_per_token": round(bytes_per_token, 4),
+        "bytes_per_token": bytes_per_token,
         "train_tokens": int(train.size),
         "validation_tokens": int(validation.size),
     }
