@@ -67,6 +67,61 @@ def test_what_the_docs_show_of_parallelism_is_what_the_command_prints(monkeypatc
     assert "on 8 devices" in shown
 
 
+def test_the_table_of_the_docs_is_what_the_command_prints(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    recipes = "step3,deepseek-v3,kimi-k2,qwen3-235b-a22b,qwen3-32b"
+    done = multimatrix("plan", "--recipe", recipes, "--context", "8192", "--kv-bits", "8", "--gpu", "h800,h20")
+    shown = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8").split("```text\n")[2].split("```")[0]
+    assert [line.rstrip() for line in done.out.splitlines()] == shown.splitlines()
+
+
+WIDE = (
+    ("--recipe", "step3,deepseek-v3,kimi-k2,qwen3-235b-a22b,qwen3-32b", "--kv-bits", 8, "--gpu", "h800"),
+    ("--recipe", "qwen3-235b-a22b", "--replace", "mfa", "--gpu", "h200", "--tensor-parallel", 8),
+    ("--recipe", "qwen3-235b-a22b", "--target-kv", "10%", "--gpu", "h200", "--batch", 8),
+)
+
+
+@pytest.mark.parametrize("words", WIDE, ids=["models", "devices", "search"])
+def test_eighty_columns_break_no_number_and_no_word(words, monkeypatch):
+    cells = []
+    for columns in ("200", "80"):
+        monkeypatch.setenv("COLUMNS", columns)
+        out = multimatrix("plan", *words).out
+        assert max(map(len, out.splitlines())) <= int(columns)
+        cells.append(set(out.split()))
+    wide, narrow = cells
+    assert {cell for cell in wide - narrow if not cell.startswith("qwen3-")} == set()
+    assert {cell for cell in narrow - wide if not re.fullmatch(r"qwen3-|235b-|a22b|32b", cell)} == set()
+
+
+def test_the_core_waits_for_the_same_in_both_tables():
+    """At 16 bit an H20 has half its peak of 8 bit: MFA's core waits for arithmetic, as the roofline has it."""
+    words = ("--recipe", "step3", "--gpu", "h20", "--attention-data-parallel", 16)
+    for bits, roofline in ((16, 37), (8, 74)):
+        row = json.loads(multimatrix("plan", *words, "--kv-bits", bits, "--json").out)
+        (chip,) = row["hardware"]
+        assert chip["roofline"] == pytest.approx(roofline, abs=0.1)
+        assert chip["bound"] == chip["predictions"][0]["core_bound"] == "arithmetic"
+
+
+def test_models_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    for seed, variant in enumerate(("mha", "mfa")):
+        small_config(DECODERS[variant]).save_pretrained(tmp_path / f"seed{seed}" / "model")
+    monkeypatch.chdir(tmp_path)
+    words = ("seed0/model", "seed1/model", "seed0/model", "--recipe", "step3,step3", "--gpu", "h20,h20")
+    rows = json.loads(multimatrix("plan", *words, "--json").out)
+    assert [row["model"] for row in rows] == ["step3", "seed0/model", "seed1/model"]
+    assert [chip["hardware"] for chip in rows[0]["hardware"]] == ["h20"]
+
+
+def test_a_replacement_is_not_searched_itself():
+    words = ("--recipe", "qwen3-32b", "--replace", "mfa", "--target-kv", "10%", "--gpu", "")
+    own, replaced = json.loads(multimatrix("plan", *words, "--json").out)
+    assert own["search"]["found"]
+    assert "search" not in replaced
+
+
 def test_what_does_not_fit_says_what_would():
     words = ("--recipe", "step3", "--gpu", "h800", "--tensor-parallel", 4)
     (made,) = json.loads(multimatrix("plan", *words, "--json").out)["hardware"][0]["predictions"]
@@ -79,6 +134,17 @@ def test_what_does_not_fit_says_what_would():
 
 
 BAD_WORDS = {
+    "recipe": (("--recipe", "step4"), "step3"),
+    "no-recipe": (("--recipe", ","), "--recipe"),
+    "beside": (("--recipe", "step3", "--layers", 3), "--layers"),
+    "context": (("--context", "0"), "context"),
+    "contexts": (("--context", "8q"), "8q"),
+    "no-context": (("--context", ","), "--context"),
+    "bits": (("--kv-bits", 3), "16, 8 or 4"),
+    "layers": (("--layers", 0), "--layers"),
+    "vocabulary": (("--vocab-size", -1), "vocab_size"),
+    "width": (("--intermediate-size", 0), "intermediate_size"),
+    "head-dim": (("--head-dim", 100), "100"),
     "batch": (("--batch", 0), "--batch must be at least 1, got 0"),
     "batches": (("--batch", "many"), "many"),
     "negative": (("--context", "-8k"), "-8k"),
@@ -103,6 +169,7 @@ BAD_WORDS = {
     "set-field": (("--recipe", "step3", "--replace", "mfa", "--set", "mfa.width=64"), "width"),
     "no-head": (("--recipe", "qwen3-32b", "--replace", "mfa", "--set", "mfa.head_dim=9000"), "head_dim"),
     "target": (("--recipe", "step3", "--target-kv", "most"), "most"),
+    "target-nothing": (("--recipe", "step3", "--target-kv", "0"), "above 0 %"),
     "html": (("--html", "."), "folder"),
 }
 

@@ -107,14 +107,14 @@ def plan(
     from multimatrix.plan.model import DecoderSizes, check_layers
     from multimatrix.plan.parallel import Layout
     from multimatrix.plan.search import REPLACEMENTS
-    from multimatrix.plan.sources import from_place, from_recipe
+    from multimatrix.plan.sources import from_places, from_recipe
 
     contexts, batches = token_counts("--context", context), token_counts("--batch", batch)
     if html is not None:
         check_writable(html)
     own = _own_hardware(memory, bandwidth, flops, price)
     named = split_labels("" if own and gpu is None else REPORTED if gpu is None else gpu)
-    chips = find_hardware(named) + own
+    chips = find_hardware(list(dict.fromkeys(named))) + own
     layout = Layout(tensor_parallel, attention_data_parallel, data_parallel)
     question = Question(
         chips=tuple(chips),
@@ -125,7 +125,7 @@ def plan(
         efficiency=share("--efficiency", efficiency),
         layout=layout if given(ctx, LAYOUT_OPTIONS) else None,
         batches=tuple(batches),
-        target_kv=None if target_kv is None else share("--target-kv", target_kv),
+        target_kv=_target(target_kv),
     )
     names = split_labels(recipe or "")
     if recipe is not None and not names:
@@ -138,7 +138,8 @@ def plan(
         if not replace and not question.searches:
             refuse_without(ctx, "--replace or --target-kv where models are read", "sizes")
         question = dataclasses.replace(question, fixed=sizes_by_label(sizes or (), REPLACEMENTS))
-        planned = [from_recipe(name) for name in names] + [from_place(place) for place in models or ()]
+        names = list(dict.fromkeys(names))
+        planned = [from_recipe(name) for name in names] + from_places(models or (), names)
     else:
         specs = specs_from_labels(
             split_labels(variants),
@@ -163,7 +164,8 @@ def plan(
             print(f"warning: {model.name}: {warning}", file=sys.stderr)
     if not replace:
         refuse_without(ctx, "--replace", "equal")
-    planned = [each for model in planned for each in (model, *_replacements(model, replace or [], equal, question))]
+    variants_of_mfa = list(dict.fromkeys(replace or []))
+    planned = [each for model in planned for each in (model, *_replacements(model, variants_of_mfa, equal, question))]
     rows = [answer(model, tokens, question) for model in planned for tokens in contexts]
     if html is not None:
         from multimatrix.plan.page import write_page
@@ -177,6 +179,14 @@ def plan(
         print_plan(rows, question)
         if html is not None:
             print(f"wrote {html}")
+
+
+def _target(text: str | None) -> float | None:
+    """The share of --target-kv."""
+    value = None if text is None else share("--target-kv", text)
+    if value == 0:
+        raise InputError("--target-kv must be above 0 %, got 0 %; no cache takes nothing")
+    return value
 
 
 def _own_hardware(*given: str | None) -> list[Hardware]:
