@@ -95,6 +95,31 @@ def test_eighty_columns_break_no_number_and_no_word(words, monkeypatch):
     assert {cell for cell in narrow - wide if not re.fullmatch(r"qwen3-|235b-|a22b|32b", cell)} == set()
 
 
+ROW = """
+model source unread_fields hidden_size num_hidden_layers layers parameters active_parameters parameters_by_part kv_bits
+kv_bytes_per_token kv_bytes_per_token_by_bits kv_scale_bytes_per_token_by_bits context kv_bytes kv_scale_bytes page_size
+kv_stored_bytes attention_core_flops linear_flops feed_forward_flops router_flops output_head_flops flops
+arithmetic_intensity total_effective_rank shared_latent_dim weight_bits prefill_flops forms hardware per_device search
+"""
+CHIP_ROW = """
+hardware title memory_bytes bytes_per_second dollars_per_hour roofline bound attention_dollars other_dollars
+flops_per_second devices layout weight_bytes_per_device workspace_bytes_per_device cache_bytes_per_device
+kv_bytes_per_sequence_per_device largest_batch prefill_seconds prefill_bound forms predictions
+"""
+PREDICTION = """
+batch context fits seconds_per_token tokens_per_second dollars_per_million_tokens bound core_bound linear_bound
+rest_bound core_seconds linear_seconds rest_seconds longest_context devices_needed
+"""
+
+
+def test_the_shape_of_json_is_stable():
+    words = ("--recipe", "step3", "--gpu", "h20", "--target-kv", "50%")
+    row = json.loads(multimatrix("plan", *words, "--json").out)
+    (chip,) = row["hardware"]
+    for made, names in ((row, ROW), (chip, CHIP_ROW), (chip["predictions"][0], PREDICTION)):
+        assert list(made) == names.split()
+
+
 def test_the_core_waits_for_the_same_in_both_tables():
     """At 16 bit an H20 has half its peak of 8 bit: MFA's core waits for arithmetic, as the roofline has it."""
     words = ("--recipe", "step3", "--gpu", "h20", "--attention-data-parallel", 16)
