@@ -99,8 +99,8 @@ class Serving:
 
     @property
     def bits(self) -> list[int]:
-        """Those of weights and cache, each once."""
-        return sorted({self.weight_bits, self.kv_bits}, reverse=True)
+        """Of the operands of weights and cache, each once: 8 at the least."""
+        return sorted({max(8, bits) for bits in (self.weight_bits, self.kv_bits)}, reverse=True)
 
     # ---- time -------------------------------------------------------------------------------------------------
 
