@@ -127,11 +127,13 @@ def test_the_core_waits_for_the_same_in_both_tables():
 
 def test_models_of_one_name_are_told_apart(tmp_path, monkeypatch):
     for seed, variant in enumerate(("mha", "mfa")):
-        small_config(DECODERS[variant]).save_pretrained(tmp_path / f"seed{seed}" / "model")
+        small_config(DECODERS[variant]).save_pretrained(tmp_path / f"seed{seed}" / "model[/x]")
     monkeypatch.chdir(tmp_path)
-    words = ("seed0/model", "seed1/model", "seed0/model", "--recipe", "step3,step3", "--gpu", "h20,h20")
+    words = ("seed0/model[/x]", "seed1/model[/x]", "seed0/model[/x]")
+    words += ("--recipe", "step3,step3", "--gpu", "h20,h20")
     rows = json.loads(multimatrix("plan", *words, "--json").out)
-    assert [row["model"] for row in rows] == ["step3", "seed0/model", "seed1/model"]
+    assert [row["model"] for row in rows] == ["step3", "seed0/model[/x]", "seed1/model[/x]"]
+    assert "seed1/model[/x]" in multimatrix("plan", *words).out
     assert [chip["hardware"] for chip in rows[0]["hardware"]] == ["h20"]
 
 

@@ -22,7 +22,7 @@ COPIED = (
 
 
 def print_plan(rows: list[Row], question: Question) -> None:
-    console = Console()
+    console = Console(markup=False)  # names of models may have brackets
     console.print(_costs(rows, console.width))
     console.print("FLOPs and bytes are those of one decoded token of the whole model, dollars those of a million.")
     for place in range(len(question.chips)):
@@ -142,10 +142,10 @@ def _broken(text: str, room: int) -> str:
 
 def _assumptions(question: Question) -> str:
     return (
-        f"Lower bounds of time: {question.weight_bits} bit weights, nothing lost to communication; "
-        f"{100 * question.workspace:g} % of the memory is left free. * is the largest batch at this context, longest "
-        "the longest context at this batch; what does not fit needs so many devices. Core, linear maps and the "
-        "rest wait for m memory or a arithmetic. Devices are cut T tensor, A attention-data, D data parallel."
+        f"Times are lower bounds: {question.weight_bits} bit weights, nothing lost to communication, "
+        f"{100 * question.workspace:g} % of the memory left free. *: the largest batch at this context; longest: the "
+        "longest context at this batch; needs: how many devices would do. waits: what core, linear maps and the rest "
+        "wait for, memory (m) or arithmetic (a). devices: T tensor, A attention-data, D data parallel."
     )
 
 
