@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from multimatrix.errors import InputError
-from multimatrix.fields import changed_sizes
+from multimatrix.fields import changed_sizes, check_most
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,6 +167,8 @@ class AttentionSpec(ABC):
             raise InputError(f"{self.variant}: {field.name} must be a whole number, got {value!r}")
         if kind == "int" and value < 1 and field.name != "rotary_dim":  # RoPE has a sentence of its own
             raise InputError(f"{self.variant}: {field.name} must be at least 1, got {value}")
+        if kind == "int":
+            check_most(f"{self.variant}: {field.name}", value)
 
     # ---- the numbers: what a variant states -------------------------------------------------------------------
 
