@@ -47,7 +47,9 @@ def finished(tmp_path_factory):
     def spy(self, input_ids=None, labels=None, **words):
         output = forward(self, input_ids, labels=labels, **words)
         if labels is not None:
-            seen.append((self.training, labels, output))
+            with torch.no_grad():  # training keeps no logits
+                logits = forward(self, input_ids, **words).logits
+            seen.append((self.training, labels, logits, output))
         return output
 
     with pytest.MonkeyPatch.context() as patch:
@@ -65,17 +67,17 @@ def read(path):
 
 def test_training_is_balanced_and_validation_is_not(finished):
     folder, _, seen = finished
-    kinds = [training for training, _, _ in seen]
+    kinds = [training for training, *_ in seen]
     assert kinds.count(True) == 2 * STEPS
     assert kinds.count(False) > 0
-    for training, labels, output in seen:
-        log_p = output.logits.detach()[:, :-1].float().log_softmax(-1)
+    for training, labels, logits, output in seen:
+        log_p = logits[:, :-1].float().log_softmax(-1)
         entropy = -log_p.gather(-1, labels[:, 1:, None]).mean()
         balance = load_balancing_loss_func(output.router_logits, 4, 2)
         torch.testing.assert_close(output.loss, entropy + 0.01 * balance if training else entropy)
     name = "mfa_kr-seed0"
     logged = [json.loads(line) for line in (folder / "out/runs" / name / "metrics.jsonl").read_text().splitlines()]
-    losses = [output.loss.item() for training, _, output in seen[-len(seen) // 2 :] if training]
+    losses = [output.loss.item() for training, *_, output in seen[-len(seen) // 2 :] if training]
     assert [row["loss"] for row in logged if "loss" in row] == pytest.approx(losses, abs=1e-3)
 
 
