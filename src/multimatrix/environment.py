@@ -23,7 +23,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": commit(),
         "python": platform.python_version(),
         "multimatrix": __version__,
-        **{name: metadata.version(name) for name in ("torch", "transformers", "accelerate")},
+        "torch": str(torch.__version__),  # with the build, which the package's metadata may leave out
+        **{name: metadata.version(name) for name in ("transformers", "accelerate")},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "cores": os.cpu_count(),
