@@ -24,13 +24,14 @@ from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
 from command import Done, multimatrix
-from multimatrix.compare import figures
+from multimatrix.compare import execute, figures, live, report
 from multimatrix.compare import run as compare_run
 from multimatrix.compare.configuration import Comparison
 from multimatrix.compare.progress import Progress
 from multimatrix.compare.results import loss_columns
 from multimatrix.compare.statistics import judge, summary
 from multimatrix.data import load_corpus, pack
+from multimatrix.locks import locked
 from multimatrix.model.modeling import MultimatrixForCausalLM
 from multimatrix.train import run as train_run
 
@@ -94,7 +95,7 @@ def no_training(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a finished run is trained again")
 
-    monkeypatch.setattr(compare_run, "train", refuse)
+    monkeypatch.setattr(execute, "train", refuse)
 
 
 def snapshot(folder: Path) -> dict[str, tuple]:
@@ -315,7 +316,7 @@ def test_the_data_order_is_the_seeds_alone(compare, tmp_path, monkeypatch):
     monkeypatch.setattr(MultimatrixForCausalLM, "forward", spy)
     kept = []  # an id may be given again once its model is gone
     train = train_run.train
-    monkeypatch.setattr(compare_run, "train", lambda *args, **words: kept.append(train(*args, **words)) or kept[-1])
+    monkeypatch.setattr(execute, "train", lambda *args, **words: kept.append(train(*args, **words)) or kept[-1])
     assert compare(tmp_path / "out", "--variants", "mfa,mha,mfa_kr", "--seeds", "0,1").status == 0
 
     training = [torch.stack(seen[id(run.model), "training"]) for run in kept]
@@ -416,7 +417,7 @@ def test_more_seeds_or_variants_extend(copy, compare, monkeypatch, words, new):
         trained.append(directory.name)
         return train(*args, directory=directory, **others)
 
-    monkeypatch.setattr(compare_run, "train", spy)
+    monkeypatch.setattr(execute, "train", spy)
     before = snapshot(copy)
     done = compare(copy, *words)
     assert done.status == 0
@@ -547,7 +548,7 @@ def fail_in_run(monkeypatch, name: str, error: BaseException, step: int = 3) -> 
 
         return train(*args, directory=directory, on_step=stop if directory.name == name else on_step, **words)
 
-    monkeypatch.setattr(compare_run, "train", failing)
+    monkeypatch.setattr(execute, "train", failing)
 
 
 def test_an_interrupt_keeps_what_is_done_and_resumes(compare, tmp_path, monkeypatch):
@@ -558,7 +559,7 @@ def test_an_interrupt_keeps_what_is_done_and_resumes(compare, tmp_path, monkeypa
     assert done.status == 130
     assert done.err.splitlines()[-1].startswith(f"interrupted; what was finished is in {out}")
     assert "Traceback" not in done.err
-    assert statuses(out) == {"mha-seed0": "done", "mfa_kr-seed0": "missing"}
+    assert statuses(out) == {"mha-seed0": "done", "mfa_kr-seed0": "stopped"}
     results = read(out / "results.json")
     assert results["complete"] is False
     assert results["rows"][1]["validation_loss"] is None
@@ -591,10 +592,10 @@ def test_a_run_in_its_middle_goes_on_from_its_checkpoint(finished, compare, tmp_
 
     words = [*TWO_RUNS, "--checkpoint-interval", 3]
     with monkeypatch.context() as patch:
-        patch.setattr(compare_run, "train", stopped)
+        patch.setattr(execute, "train", stopped)
         done = compare(out, *words)
     assert done.status == (75 if how == "SIGTERM" else 130)
-    assert statuses(out) == {"mha-seed0": "done", name: "missing"}
+    assert statuses(out) == {"mha-seed0": "done", name: "stopped"}
     assert not (out / "runs" / "mha-seed0" / "checkpoints").exists()
     again = compare(out, *words)
     assert again.status == 0, again.err
@@ -620,7 +621,7 @@ def test_an_interrupt_before_anything_is_done(compare, tmp_path, monkeypatch):
     out = tmp_path / "out"
     fail_in_run(monkeypatch, "mha-seed0", KeyboardInterrupt(), step=1)
     assert compare(out, *TWO_RUNS).status == 130
-    assert set(statuses(out).values()) == {"missing"}
+    assert statuses(out) == {"mha-seed0": "stopped", "mfa_kr-seed0": "missing"}
     assert "Incomplete: 0 of 2 runs are done." in (out / "report.html").read_text()
 
 
@@ -847,25 +848,115 @@ def test_a_diverged_loss_has_no_perplexity():
     assert loss_columns([], bytes_per_token=1.0)["validation_loss"] is None
 
 
+# ---- the report while runs go on ---------------------------------------------------------------------------------
+
+
+def test_the_report_is_made_anew_while_runs_go_on(compare, tmp_path, monkeypatch):
+    out, seen = tmp_path / "out", []
+    write = report.write_report
+
+    def spy(results, directory):
+        path = write(results, directory)
+        states = [(run["status"], run["step"]) for run in results["runs"]]
+        if not seen or states != seen[-1][0]:
+            seen.append((states, "http-equiv" in path.read_text()))
+        assert read(out / "results.json")["running"] == results["running"]
+        return path
+
+    monkeypatch.setattr(report, "write_report", spy)
+    monkeypatch.setattr(live, "INTERVAL", 0)
+    monkeypatch.setattr(compare_run, "SHARE_IN_PROCESS", 1e9)
+    assert compare(out, *TWO_RUNS).status == 0
+    assert [states for states, _ in seen if states[0][0] == "running"] == [
+        [("running", step), ("waiting", 0)] for step in range(STEPS + 1)
+    ]
+    assert [states for states, _ in seen if states[1][0] == "running"] == [
+        [("done", STEPS), ("running", step)] for step in range(STEPS + 1)
+    ]
+    assert all(live for _, live in seen)
+    assert "http-equiv" not in (out / "report.html").read_text()
+    assert read(out / "results.json")["running"] is False
+
+
+def test_the_report_takes_little_of_the_time(monkeypatch):
+    """What took 30 seconds is not done again before 50 times as many have passed."""
+    now, rendered = [1000.0], []
+
+    def render():
+        rendered.append(now[0])
+        now[0] += 30
+
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    watch = live.Watch([], Progress(10), render, share=0.02)
+    for later in (0, 100, 1000, 1499, 1501):
+        now[0] = 1000.0 + later
+        watch.tick()
+    assert rendered == [1000.0, 2501.0]
+
+
+def test_a_report_that_cannot_be_written_meanwhile_stops_nothing(compare, tmp_path, monkeypatch):
+    write, failed = report.write_report, []
+
+    def failing(results, directory):
+        if results["running"]:
+            failed.append(results)
+            raise FULL
+        return write(results, directory)
+
+    monkeypatch.setattr(report, "write_report", failing)
+    assert compare(tmp_path / "out", *TWO_RUNS).status == 0
+    assert failed
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_report_made_by_another_command(copy, no_training):
+    """From the runs' own files: what `compare` had no time to gather before it was killed is there."""
+    whole = read(copy / "results.json")
+    (copy / "runs/mla-seed1/result.json").unlink()
+    (copy / "report.html").unlink()
+    done = multimatrix("report", copy)
+    assert done.status == 0
+    assert statuses(copy)["mla-seed1"] == "stopped"
+    assert "Incomplete: 7 of 8 runs are done." in (copy / "report.html").read_text()
+    with locked(copy / "runs/mla-seed1/run.lock", ""), locked(copy / "compare.lock", ""):
+        assert multimatrix("report", copy).status == 0
+        assert "http-equiv" in (copy / "report.html").read_text()
+        assert statuses(copy)["mla-seed1"] == "stopped", "results.json is for whoever is at work to write"
+    shutil.copy(copy / "runs/mla-seed0/result.json", copy / "runs/mla-seed1/result.json")
+    assert multimatrix("report", copy).status == 0
+    again = read(copy / "results.json")
+    assert again["complete"] is True
+    assert {key: again[key] for key in ("config", "corpus", "environment")} == {
+        key: whole[key] for key in ("config", "corpus", "environment")
+    }
+    assert again["rows"][0] == whole["rows"][0]
+    (copy / "runs/mla-seed1/result.json").write_text("{")
+    assert "mla-seed1/result.json is damaged" in multimatrix("report", copy).sentence
+
+
 # ---- progress on a terminal --------------------------------------------------------------------------------------
 
 
 def test_a_terminal_gets_bars(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
 
-    class Named:
-        name = "mha-seed0"
-
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
     progress = Progress(10)
-    for step in (1, 10):
-        progress.show(Named, {"step": step, "loss": 2.5})
+    for name in ("mha-seed0", "mfa-seed0"):
+        progress.start(name)
+    progress.show("mha-seed0", {"step": 4, "loss": 2.5, "tokens_per_second": 1234.0})
+    progress.show("mfa-seed0", {"step": 10, "validation_loss": 2.25})
+    time.sleep(0.3)  # bars are drawn ten times a second
     progress.say("a line between")
+    progress.end("mha-seed0")
     progress.close()
-    err = capsys.readouterr().err
-    assert "mha-seed0" in err
-    assert "10/10" in err
-    assert "loss=2.500" in err
-    assert err.endswith("a line between\n")
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).splitlines()
+    assert "a line between" in lines
+    bar = next(line for line in lines if line.startswith("mha-seed0") and "4/10" in line)
+    assert "loss 2.500 1,234/s" in bar
+    assert any(line.startswith("mfa-seed0") and "10/10" in line and "valid. 2.250" in line for line in lines)
+    assert all(len(line) <= 100 for line in lines)
 
 
 # ---- statistics --------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from command import multimatrix
-from multimatrix.compare import figures
-from multimatrix.compare import run as compare_run
+from multimatrix.compare import execute, figures
 from multimatrix.compare.configuration import make_comparison
+from multimatrix.compare.matching import match
 from multimatrix.data import load_corpus, pack
 from multimatrix.errors import InputError
 from multimatrix.model.mixture import MixtureOfExperts
@@ -130,7 +130,7 @@ def test_the_same_command_resumes_and_other_experts_are_refused(finished, monkey
     folder, _, _ = finished
     monkeypatch.setattr(figures, "loss_against_tokens", lambda results, directory: Figure())
     monkeypatch.setattr(figures, "loss_against_kv_bytes", lambda results: Figure())
-    monkeypatch.setattr(compare_run, "train", None)
+    monkeypatch.setattr(execute, "train", None)
     done = compare(folder / "out", folder / "text.jsonl", *EXPERTS)
     assert done.status == 0
     assert "2 of 2 runs are done already" in done.err
@@ -146,7 +146,7 @@ def test_a_dense_comparison_knows_nothing_of_experts(finished):
     folder, _, _ = finished
     done = compare(folder / "dense", folder / "text.jsonl", "--dry-run")
     assert "active" not in done.out
-    candidate = compare_run.match(make_comparison(None, {"hidden_size": 32, "head_dim": 8}), 257)[0]
+    candidate = match(make_comparison(None, {"hidden_size": 32, "head_dim": 8}), 257)[0]
     assert candidate.experts is None
     assert candidate.active_parameters == candidate.parameters
     assert not {"active_parameters", "mixture_of_experts", "feed_forward"} & set(candidate.row())

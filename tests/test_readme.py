@@ -53,6 +53,7 @@ def folder(tmp_path, monkeypatch):
     trained, tokenizer = tmp_path / "runs" / "demo" / "runs" / "mfa-seed0" / "model", load_tokenizer("bytes", [])
     random_model(DECODERS["mfa"], torch.float32, vocab_size=len(tokenizer)).save_pretrained(trained)
     tokenizer.save_pretrained(trained)
+    (trained.parent / "metrics.jsonl").write_text('{"step": 1, "tokens": 128, "loss": 5.0}\n')
     (tmp_path / "README.md").write_text("A page of the checkout.")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "page.md").write_text("Another one.")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import math
+import os
 import re
+import time
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,7 +21,11 @@ import pytest
 from matplotlib.colors import to_hex
 from rich.console import Console
 
+from command import multimatrix
 from multimatrix.compare import figures, report
+from multimatrix.compare.overview import write_overview
+from multimatrix.locks import locked
+from multimatrix.pages.drawing import format_bytes, style_of
 
 # variant, shape, KV bytes per token, validation loss, verdict
 VARIANTS = [
@@ -294,7 +301,7 @@ def test_interrupted_comparison(tmp_path):
     results = interrupted(tmp_path)
     page = report.render(results, tmp_path)
     assert "Incomplete: 7 of 12 runs are done." in page
-    assert ["MLA", "1", "failed", "runs/mla-seed1", "loss was not finite at step 312"] in Page(page).rows
+    assert ["MLA", "1", "failed", "0", "runs/mla-seed1", "loss was not finite at step 312"] in Page(page).rows
     assert Page(page).row("MLA")[5:] == ["0", "–", "–", "–", "–", "–"]
     assert "Incomplete" in printed(results, 80)
 
@@ -360,11 +367,11 @@ def test_same_results_give_the_same_page(finished):
 
 def test_colours_follow_the_name(tmp_path):
     names = [name for name, *_ in VARIANTS]
-    assert len({figures.style_of(name) for name in [*names, "mfa_wide", "gta", "tpa"]}) == len(names) + 3
-    assert figures.style_of("something new") == figures.style_of("something new")
+    assert len({style_of(name) for name in [*names, "mfa_wide", "gta", "tpa"]}) == len(names) + 3
+    assert style_of("something new") == style_of("something new")
     few = figures.loss_against_kv_bytes(sample(tmp_path / "few", VARIANTS[3:]))
     many = figures.loss_against_tokens(sample(tmp_path / "many"), tmp_path / "many")
-    colour = figures.style_of("mfa_kr")[0]
+    colour = style_of("mfa_kr")[0]
     for figure in (few, many):
         assert colour in {to_hex(line.get_color()) for line in figure.axes[0].lines}
 
@@ -416,7 +423,7 @@ def test_no_name_is_struck_through_by_the_baseline(finished):
 
 
 def test_bytes_in_words():
-    assert [figures.format_bytes(n) for n in (None, 0, 512, 4096, 6912, 3 << 29)] == [
+    assert [format_bytes(n) for n in (None, 0, 512, 4096, 6912, 3 << 29)] == [
         "–",
         "0 B",
         "512 B",
@@ -426,3 +433,155 @@ def test_bytes_in_words():
     ]
     assert report.duration(45) == "45 s"
     assert report.duration(7_500) == "2 h 05 min"
+
+
+# ---- while runs go on --------------------------------------------------------------------------------------------
+
+
+def under_way(directory: Path) -> dict[str, Any]:
+    """The same comparison in its middle: two runs are under way, one waits, one failed, the others are done."""
+    results = sample(directory)
+    results.update(complete=False, running=True)
+    for run in results["runs"]:
+        run.update(step=600, steps=600)
+        key = (run["variant"], run["seed"])
+        if key in (("mfa", 1), ("mfa_kr", 0)):
+            metrics = directory / run["directory"] / "metrics.jsonl"
+            metrics.write_text("".join(line + "\n" for line in metrics.read_text().splitlines()[:40]))
+            run.update(status="running", step=180)
+        elif key == ("mfa_kr", 1):
+            (directory / run["directory"] / "metrics.jsonl").unlink()
+            run.update(status="waiting", step=0)
+        elif key == ("mla", 1):
+            run.update(
+                status="failed", reason="the training loss is nan at step 312; lower the learning rate", step=311
+            )
+    return results
+
+
+def test_a_page_reads_itself_again_while_runs_go_on(tmp_path, finished):
+    results = under_way(tmp_path)
+    text = report.render(results, tmp_path)
+    assert '<meta http-equiv="refresh" content="20">' in text
+    assert "Incomplete" not in text
+    assert re.findall(r'<span class="(\w+)">(\d+)</span> \1', text) == [
+        ("running", "2"),
+        ("waiting", "1"),
+        ("done", "8"),
+        ("failed", "1"),
+    ]
+    assert "MLA with seed 1 failed: the training loss is nan at step 312; lower the learning rate" in text
+    assert ["MFA-KR", "0", "running", "180 of 600", "runs/mfa_kr-seed0", ""] in Page(text).rows
+    assert "http-equiv" not in finished[2]
+    results.update(running=False)
+    text = report.render(results, tmp_path)
+    assert "http-equiv" not in text
+    assert "Incomplete: 8 of 12 runs are done." in text
+
+
+def test_runs_under_way_are_drawn(tmp_path):
+    results = under_way(tmp_path)
+    validation, training = figures.loss_against_tokens(results, tmp_path).axes
+    for axes in (validation, training):
+        thin = [line for line in axes.lines if line.get_linewidth() == 0.9]
+        assert [line.get_color() for line in thin] == [style_of(name)[0] for name in ("mfa", "mfa_kr")]
+        assert len({line.get_xdata()[-1] for line in thin}) == 1
+        texts = [text.get_text() for text in axes.texts]
+        assert [text for text in texts if "(" in text] == [text for text in texts if text.startswith("MFA-KR")]
+        assert any(text.endswith("(running)") for text in texts)
+
+
+def test_many_failures_are_not_all_repeated(tmp_path):
+    results = sample(tmp_path)
+    for run in results["runs"][:7]:
+        run.update(status="failed", reason="no memory")
+    found = report.alarms(results)
+    assert [line for line in found if line.endswith("failed: no memory")] == found[:5]
+    assert found[5].startswith("2 more failed")
+
+
+# ---- any folder of runs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    """A folder with two training runs, one of them running, one that failed, and something else."""
+    for name in ("big/mfa", "big/mha", "small"):
+        write_metrics(tmp_path / name, name, 0, 1.4)
+    (tmp_path / "big" / "mfa" / "config.json").write_text('{"steps": 600, "seed": 0}')
+    (tmp_path / "big" / "mfa" / "result.json").write_text('{"validation_loss": 1.4}')
+    metrics = tmp_path / "big" / "mha" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()[:31]
+    lines.append(
+        '{"step": 150, "tokens": 2457600, "loss": 2.5, "tokens_per_second": 9876.5, "mfu": 0.48, "seconds_left": 75}'
+    )
+    metrics.write_text("\n".join([*lines, '{"step": 155, "tok']))
+    (tmp_path / "big" / "mha" / "config.json").write_text('{"steps": 600}')
+    (tmp_path / "small" / "failed.json").write_text('{"identity": {"steps": 700}, "reason": "no <memory>"}')
+    (tmp_path / "notes.txt").write_text("notes")
+    return tmp_path
+
+
+def test_all_runs_of_a_folder(runs):
+    with locked(runs / "big" / "mha" / "run.lock", ""):  # as whoever trains there does
+        found = write_overview(runs)
+        done = multimatrix("report", runs)
+    assert found.running
+    text = found.path.read_text()
+    page = Page(text)
+    assert page.rows[0] == ["run", "status", "steps", "loss", "valid. loss", "tok/s", "MFU", "left", "reason"]
+    assert [row[:3] for row in page.rows[1:]] == [
+        ["big/mfa", "done", "600 of 600"],
+        ["big/mha", "running", "150 of 600"],
+        ["small", "failed", "600 of 700"],
+    ]
+    assert page.rows[2][3] == "2.5000"
+    assert page.rows[2][5:] == ["9,876", "48.0 %", "75 s", ""]
+    assert page.rows[3][-1] == "no <memory>"
+    assert '<meta http-equiv="refresh" content="20">' in text
+    assert all(target.startswith("#") for target in page.loads)
+    assert done.status == 0
+    assert re.search(r"big/mha +running +150/600 +2\.5000", done.out)
+    assert done.out.endswith(f"Report: {runs / 'report.html'}\n")
+    again = write_overview(runs)
+    assert not again.running
+    assert "http-equiv" not in again.path.read_text()
+    assert ["big/mha", "stopped", "150 of 600"] in [row[:3] for row in Page(again.path.read_text()).rows]
+
+
+def test_a_single_run(runs):
+    found = write_overview(runs / "big" / "mfa")
+    assert "1 run in mfa" in found.path.read_text()
+    assert found.path == runs / "big" / "mfa" / "report.html"
+
+
+def test_more_runs_than_can_be_told_apart(tmp_path):
+    for seed in range(30):
+        write_metrics(tmp_path / f"run{seed:02}", "mha", seed, 1.4, steps=60)
+        os.utime(tmp_path / f"run{seed:02}" / "metrics.jsonl", (seed, seed))
+    text = write_overview(tmp_path).path.read_text()
+    assert "Drawn are the 24 runs that changed last." in text
+    assert len(Page(text).rows) == 31
+    assert text.count('style="background: transparent"') == 6
+
+
+def test_follow_ends_with_the_last_run(runs, monkeypatch):
+    lock = contextlib.ExitStack()
+    lock.enter_context(locked(runs / "big" / "mha" / "run.lock", ""))
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            lock.close()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    done = multimatrix("report", runs, "--follow", "--every", 5)
+    assert (done.status, slept) == (0, [5.0, 5.0])
+
+
+def test_folders_without_runs(tmp_path):
+    assert "there is no folder" in multimatrix("report", tmp_path / "nowhere").sentence
+    assert f"no run lies below {tmp_path}" in multimatrix("report", tmp_path).sentence
+    assert "--every must be from 1 to 86400" in multimatrix("report", tmp_path, "--every", 0).sentence
+    assert not list(tmp_path.iterdir())

@@ -21,12 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from command import Done, multimatrix
 from multimatrix.data import OrderedBlocks, PackedText
 from multimatrix.errors import InputError
+from multimatrix.locks import locked
 from multimatrix.model.modeling import MultimatrixForCausalLM
 from multimatrix.plan.numbers import decoder_parameters
 from multimatrix.train import arguments, checkpoints, command, run, trainer
 from multimatrix.train.arguments import evaluation_batch
 from multimatrix.train.configuration import Training
-from multimatrix.train.metrics import MetricsFile, metrics_file
+from multimatrix.train.metrics import MetricsFile
 from multimatrix.train.optimizers import MuonWithAdamW, muon_with_adamw
 from multimatrix.train.progress import row_text
 from multimatrix.train.protocol import Execution
@@ -320,8 +321,9 @@ def test_two_starts_at_once(train, tmp_path, monkeypatch):
     interrupted(train, out, monkeypatch)
     (out / "checkpoints" / ".step-6.writing").mkdir()
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    with metrics_file(out / "metrics.jsonl"):
-        assert f"another process is training in {out}" in train(out).sentence
+    with locked(out / "run.lock", ""):
+        sentence = train(out).sentence
+    assert f"is at work in {out}; wait for it, stop it, or choose another --out" in sentence
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert train(out).status == 0
 

@@ -20,6 +20,7 @@ from multimatrix.cli.export import export
 from multimatrix.cli.generate import generate
 from multimatrix.cli.import_ import import_
 from multimatrix.cli.plan import plan
+from multimatrix.cli.report import report
 from multimatrix.cli.train import train
 from multimatrix.errors import InputError
 
@@ -32,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # its boxes cut the names of options short
 )
 
-COMMANDS = (capacity, plan, check, compare, train, evaluate, generate, import_, export)
+COMMANDS = (capacity, plan, check, compare, train, report, evaluate, generate, import_, export)
 for command in COMMANDS:
     app.command(command.__name__.strip("_"))(command)  # `import` is no name for a function
 

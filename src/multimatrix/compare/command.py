@@ -5,46 +5,62 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import transformers
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from multimatrix.compare import report
 from multimatrix.compare.configuration import make_comparison
+from multimatrix.compare.launch import Launcher, make_launcher
 from multimatrix.compare.matching import Candidate
+from multimatrix.compare.prepare import Prepared, prepare
 from multimatrix.compare.progress import Progress
-from multimatrix.compare.run import Prepared, prepare, run_comparison
+from multimatrix.compare.run import run_comparison
 from multimatrix.environment import command_line
 from multimatrix.errors import InputError
 from multimatrix.train.protocol import STOPPED, RunStopped
+from multimatrix.train.stopping import stop_on_sigterm
+
+INTERRUPTED = 130
 
 
-def run_command(preset: str | None, settings: dict[str, Any], out: str, *, dry_run: bool) -> int:
+def run_command(
+    preset: str | None,
+    settings: dict[str, Any],
+    out: str,
+    *,
+    launcher: str | None = None,
+    workers: int | None = None,
+    dry_run: bool = False,
+) -> int:
     """Run a comparison and print its table.
 
-    0 if every run is done, 1 if any failed, 75 after SIGTERM, 130 after Ctrl-C.
+    Returns 0 if every run is done, 1 if any failed, 130 after Ctrl-C and 75 after SIGTERM.
 
     Raises:
         InputError: something the user can mend.
     """
-    transformers.utils.logging.disable_progress_bar()
+    for library in (transformers.utils.logging, datasets.utils.logging):
+        library.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     comparison = make_comparison(preset, settings)
+    chosen = make_launcher(launcher, workers)
     console = Console()
     progress = Progress(comparison.steps)
-    prepared = prepare(comparison, say=progress.say)
-    _describe(prepared, console)
+    prepared = prepare(comparison, device_type=chosen.device_type, say=progress.say)
+    _describe(prepared, chosen, console)
     if dry_run:
         return 0
     directory = Path(out)
     try:
-        results = run_comparison(prepared, directory, command=command_line(), say=progress.say, show=progress.show)
-    except RunStopped as stopped:
-        progress.say(f"{stopped}; the same command goes on from there")
-        return STOPPED
-    except KeyboardInterrupt:
-        progress.say(f"interrupted; what was finished is in {directory}, and the same command goes on from there")
-        return 130
+        with stop_on_sigterm():
+            results = run_comparison(prepared, directory, chosen, command=command_line(), progress=progress)
+    except KeyboardInterrupt as interrupt:
+        progress.close()
+        how = str(interrupt) or "interrupted"
+        progress.say(f"{how}; what was finished is in {directory}, and the same command goes on from there")
+        return STOPPED if isinstance(interrupt, RunStopped) else INTERRUPTED
     except OSError as error:
         where = error.filename or directory
         raise InputError(
@@ -58,9 +74,9 @@ def run_command(preset: str | None, settings: dict[str, Any], out: str, *, dry_r
     return 0 if results["complete"] else 1
 
 
-def _describe(prepared: Prepared, console: Console) -> None:
+def _describe(prepared: Prepared, launcher: Launcher, console: Console) -> None:
     """What will be trained, before it is."""
-    facts, protocol = prepared.corpus_facts(), prepared.protocol
+    facts, protocol = prepared.corpus, prepared.protocol
     console.print(
         f"{facts['name']} (sha256 {facts['sha256'][:12]}): {facts['documents']:,} documents, "
         f"{facts['train_tokens']:,} training and {facts['validation_tokens']:,} validation tokens "
@@ -69,6 +85,7 @@ def _describe(prepared: Prepared, console: Console) -> None:
     console.print(
         f"{protocol.steps} steps of {protocol.batch_size} x {protocol.context} tokens, seeds "
         f"{', '.join(map(str, prepared.comparison.seeds))}, {protocol.precision} on {prepared.device.type}"
+        + (f", {launcher.workers} runs at once" if launcher.workers > 1 else "")
     )
     console.print(matched_table(prepared.candidates))
 

@@ -24,6 +24,10 @@ from multimatrix.pages.frame import page_template
 from multimatrix.words import number
 
 Row = dict[str, Any]
+SHOWN = 5  # reasons of failed runs above the tables
+# Seconds after which a browser reads the page again while runs are under way.
+REFRESH = 20
+STATUSES = ("running", "waiting", "done", "failed", "stopped", "missing")
 
 
 class Cell(NamedTuple):
@@ -188,7 +192,7 @@ def tally(results: dict[str, Any]) -> str:
 
 
 def alarms(results: dict[str, Any]) -> list[str]:
-    """What a reader must know before any number: bytes that disagree, and runs that are missing."""
+    """What a reader must know before any number: bytes that disagree, and runs that failed or are missing."""
     found = [
         f"{display_name(row['variant'])} states {number(row.get('kv_bytes_per_token'))} bytes of cache per "
         f"token, but {number(row['kv_bytes_per_token_counted'])} were counted in storage. "
@@ -197,8 +201,14 @@ def alarms(results: dict[str, Any]) -> list[str]:
         if _disagrees(row)
     ]
     runs = results.get("runs") or []
+    failed = [run for run in runs if run.get("status") == "failed"]
+    found += [
+        f"{display_name(run['variant'])} with seed {run['seed']} failed: {run['reason']}" for run in failed[:SHOWN]
+    ]
+    if len(failed) > SHOWN:
+        found.append(f"{len(failed) - SHOWN} more failed; the reasons are below, under Runs.")
     done = sum(run.get("status") == "done" for run in runs)
-    if done < len(runs) or not results.get("complete"):
+    if not results.get("running") and (done < len(runs) or not results.get("complete")):
         found.append(f"Incomplete: {done} of {len(runs)} runs are done.")
     return found
 
@@ -246,6 +256,8 @@ def render(results: dict[str, Any], directory: Path) -> str:
     """
     rows, config = results.get("rows") or [], results.get("config") or {}
     return page_template("multimatrix.compare", "report.html.jinja").render(
+        refresh=REFRESH if results.get("running") else None,
+        states=count_states(results.get("runs") or []),
         title=results.get("title") or "multimatrix compare",
         version=results.get("version") or "",
         created=results.get("created") or "",
@@ -267,9 +279,17 @@ def render(results: dict[str, Any], directory: Path) -> str:
         },
         loss_against_tokens=inline(figures.loss_against_tokens(results, directory)),
         loss_against_kv_bytes=inline(figures.loss_against_kv_bytes(results)),
-        runs=[{**run, "name": display_name(run["variant"])} for run in results.get("runs") or []],
+        runs=[
+            {"step": 0, "steps": 0} | run | {"name": display_name(run["variant"])} for run in results.get("runs") or []
+        ],
         facts={key: _flatten(results.get(key) or {}) for key in ("corpus", "config", "environment")},
     )
+
+
+def count_states(runs: list[dict[str, Any]]) -> dict[str, int]:
+    """How many runs are running, waiting, done and so on, without those of which there are none."""
+    statuses = [run.get("status") for run in runs]
+    return {status: statuses.count(status) for status in STATUSES if status in statuses}
 
 
 def write_report(results: dict[str, Any], directory: Path) -> Path:

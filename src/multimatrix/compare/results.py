@@ -1,69 +1,115 @@
-"""The results of a comparison as one dictionary, results.json, whatever part of it is done."""
+"""The results of a comparison as one dictionary, results.json, whatever part of it is done.
+
+`describe` makes the part that no run changes, `gather` fills in what the runs' files say; it can be called again by any
+process at any time on what it returned.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multimatrix import __version__
+from multimatrix.compare.folder import MEASURED, RESULT, State
 from multimatrix.compare.statistics import judge, summary
-from multimatrix.environment import environment
+from multimatrix.train.folder import METRICS, read_ours
 
 if TYPE_CHECKING:
-    from multimatrix.compare.run import Prepared, Run
+    from multimatrix.compare.prepare import Prepared, Run
 
 
-def gather_results(
-    prepared: Prepared,
-    runs: list[Run],
-    results: dict[str, dict[str, Any]],
-    failures: dict[str, str],
-    command: str,
-    settings: dict[str, Any],
+def describe(
+    prepared: Prepared, runs: list[Run], command: str, settings: dict[str, Any], sharing: str | None
 ) -> dict[str, Any]:
-    """The whole comparison as one dictionary: results.json."""
-    done = {
-        candidate.label: [run for run in runs if run.candidate is candidate and run.name in results]
-        for candidate in prepared.candidates
-    }
-    losses = {label: [results[run.name]["validation_loss"] for run in mine] for label, mine in done.items()}
-    verdicts = judge(losses, prepared.comparison.baseline)
-    rows = []
-    for candidate in prepared.candidates:
-        mine = [results[run.name] for run in done[candidate.label]]
-        rows.append(
-            candidate.row()
-            | {"seeds": [run.seed for run in done[candidate.label]]}
-            | loss_columns(losses[candidate.label], prepared.text.validation_bytes_per_token)
-            | _measured_columns(mine)
-            | verdicts[candidate.label]
-        )
-    complete = all(run.name in results for run in runs)
+    """What will be trained: results.json without results.
+
+    sharing: see `launch.Launcher`.
+    """
     return {
         "title": "multimatrix compare",
         "version": __version__,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": None,
         "command": command,
-        "complete": complete,
+        "complete": False,
+        "running": False,
         "baseline": prepared.comparison.baseline,
         "config": settings,
-        "environment": environment(prepared.device),
-        "corpus": prepared.corpus_facts(),
+        "tokens": prepared.protocol.tokens,
+        "device_type": prepared.device.type,
+        "sharing": sharing,
+        "environment": None,
+        "corpus": prepared.corpus,
         "can_show": _can_show(prepared),
-        "cannot_show": _cannot_show(prepared, verdicts),
-        "rows": rows,
+        "cannot_show": [],
+        "rows": [candidate.row() for candidate in prepared.candidates],
         "runs": [
             {
                 "variant": run.candidate.label,
                 "seed": run.seed,
                 "directory": f"runs/{run.name}",
-                "status": "done" if run.name in results else "failed" if run.name in failures else "missing",
-                "reason": failures.get(run.name),
+                "steps": prepared.protocol.steps,
             }
             for run in runs
         ],
     }
+
+
+def gather(description: dict[str, Any], out: Path, states: Mapping[str, State], running: bool) -> dict[str, Any]:
+    """The whole comparison: results.json.
+
+    states: of every run, by its directory below `out`. running: whether a process is at work on it.
+    """
+    runs, stored = [], {}
+    for run in description["runs"]:
+        state = states[run["directory"]]
+        if state.status == "done":
+            path = out / run["directory"] / RESULT
+            way_out = "delete it to train that run again"
+            stored[run["directory"]] = read_ours(path, ("identity", *MEASURED), "compare", way_out)
+        step = run["steps"] if state.status == "done" else latest(out / run["directory"] / METRICS).get("step", 0)
+        runs.append({**run, "status": state.status, "reason": state.reason, "step": step})
+    done = {
+        row["variant"]: [run for run in runs if run["variant"] == row["variant"] and run["directory"] in stored]
+        for row in description["rows"]
+    }
+    losses = {label: [stored[run["directory"]]["validation_loss"] for run in mine] for label, mine in done.items()}
+    verdicts = judge(losses, description["baseline"])
+    rows = []
+    for row in description["rows"]:
+        label = row["variant"]
+        rows.append(
+            row
+            | {"seeds": [run["seed"] for run in done[label]]}
+            | loss_columns(losses[label], description["corpus"]["bytes_per_token"])
+            | _measured_columns([stored[run["directory"]] for run in done[label]])
+            | verdicts[label]
+        )
+    return {
+        **description,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "complete": len(stored) == len(runs),
+        "running": running,
+        # Where the first of the runs was trained; each result.json has its own.
+        "environment": next((result["environment"] for result in stored.values()), None),
+        "cannot_show": _cannot_show(description, verdicts),
+        "rows": rows,
+        "runs": runs,
+    }
+
+
+def latest(metrics: Path) -> dict[str, Any]:
+    """The last value of everything that a metrics.jsonl tells of."""
+    found: dict[str, Any] = {}
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
+        with contextlib.suppress(ValueError):  # it is being written
+            row = json.loads(line)
+            found |= row if isinstance(row, dict) else {}
+    return found
 
 
 def loss_columns(losses: list[float], bytes_per_token: float) -> dict[str, Any]:
@@ -107,7 +153,7 @@ def _can_show(prepared: Prepared) -> list[str]:
     ]
 
 
-def _cannot_show(prepared: Prepared, verdicts: dict[str, dict[str, Any]]) -> list[str]:
+def _cannot_show(description: dict[str, Any], verdicts: dict[str, dict[str, Any]]) -> list[str]:
     found = []
     judged = [verdict for verdict in verdicts.values() if verdict["margin"] is not None]
     if judged:
@@ -116,14 +162,16 @@ def _cannot_show(prepared: Prepared, verdicts: dict[str, dict[str, Any]]) -> lis
             f"a difference below its margin, here up to {margin:.3f} nats: seeds alone move the loss that "
             "much, and it is called a tie"
         )
-    elif len(prepared.comparison.seeds) < 2:
+    elif len(description["config"]["seeds"]) < 2:
         found.append("any verdict on loss: with one seed there is no spread to hold a difference against")
-    parameters, tokens = prepared.candidates[0].parameters, prepared.protocol.tokens
+    parameters, tokens = description["rows"][0]["parameters"], description["tokens"]
     if tokens < 20 * parameters:
         found.append(
             f"a ranking for trained models: {tokens / parameters:.1f} tokens per parameter is far from the 20 of a "
             "compute-optimal run, and the order of variants changes with size and length"
         )
-    if prepared.device.type == "cpu":
+    if description["device_type"] == "cpu":
         found.append("speed on a GPU: these are CPU speeds, where small caches gain little")
+    if description["sharing"]:
+        found.append(f"the speed of a run that is alone on its device: {description['sharing']}")
     return found

@@ -16,7 +16,7 @@ from multimatrix.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class PreparedText:
-    """Blocks to train and validate on.
+    """Blocks to train and validate on, mapped from the token cache.
 
     facts: what the models read, for results and model cards; `sha256` is over the documents.
     """
@@ -69,7 +69,7 @@ def prepare_text(
         "duplicates_dropped": meta["duplicates_dropped"],
         "tokenizer": tokenizer_name,
         "vocab_size": meta["vocab_size"],
-        "bytes_per_token": round(bytes_per_token, 4),
+        "bytes_per_token": bytes_per_token,
         "train_tokens": int(train.size),
         "validation_tokens": int(validation.size),
     }

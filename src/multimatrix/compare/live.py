@@ -1,0 +1,64 @@
+"""A comparison under way: which run stands how, told to the terminal and to report.html as it changes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from multimatrix.compare.prepare import Run
+from multimatrix.compare.progress import Progress
+
+# Seconds between two renderings of the report while runs are under way.
+INTERVAL = 20.0
+
+
+class Watch:
+    """Hears from a launcher how runs fare; shows progress, and has the report rendered now and then.
+
+    render: writes the report; called when a run starts or ends and in between, but not so often that it takes more
+    than `share` of the time: in one process it holds up training.
+    """
+
+    def __init__(self, waiting: list[Run], progress: Progress, render: Callable[[], object], share: float) -> None:
+        self.waiting = {run.name for run in waiting}
+        self.running: set[str] = set()
+        self.failures: dict[str, str] = {}
+        self._progress = progress
+        self._render = render
+        self._share = share
+        self._next = 0.0
+
+    def start(self, run: Run) -> None:
+        self.waiting.discard(run.name)
+        self.running.add(run.name)
+        self._progress.start(run.name)
+        self._refresh()
+
+    def row(self, run: Run, row: dict[str, Any]) -> None:
+        self._progress.show(run.name, row)
+        self.tick()
+
+    def say(self, run: Run, line: str) -> None:
+        self._progress.say(f"{run.name}: {line}")
+
+    def end(self, run: Run, reason: str | None) -> None:
+        self.waiting.discard(run.name)
+        self.running.discard(run.name)
+        self._progress.end(run.name)
+        if reason is not None:
+            self.failures[run.name] = reason
+            self._progress.say(f"{run.name} failed: {reason}")
+        self._refresh()
+
+    def tick(self) -> None:
+        if time.monotonic() >= self._next:
+            self._refresh()
+
+    def _refresh(self) -> None:
+        start = time.monotonic()
+        with contextlib.suppress(OSError):  # training goes on; if it cannot be written at the end either, that is said
+            self._render()
+        took = time.monotonic() - start
+        self._next = start + max(INTERVAL, took / self._share)
