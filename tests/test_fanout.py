@@ -6,6 +6,7 @@ import contextlib
 import html
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -176,7 +178,7 @@ def test_workers_give_the_numbers_of_one_process(compare, alone, tmp_path):
     assert (again.status, "2 of 2 runs are done already" in again.err) == (0, True)
 
 
-def test_what_befalls_one_run_leaves_the_others_alone(compare, tmp_path, monkeypatch):
+def test_what_befalls_one_run_leaves_the_others_alone(compare, alone, tmp_path, monkeypatch):
     """A worker is killed, another meets an error that nobody foresaw: the rest goes on, and those two are retried."""
     out, words = tmp_path / "out", ["--steps", 6, "--variants", "mha,mfa_kr,mqa", "--seeds", 0]
     killed, spoilt = out / "runs" / "mha-seed0", out / "runs" / "mfa_kr-seed0"
@@ -216,6 +218,39 @@ def test_what_befalls_one_run_leaves_the_others_alone(compare, tmp_path, monkeyp
     assert (again.status, trained) == (0, ["mha-seed0", "mfa_kr-seed0"])
     assert set(statuses(out).values()) == {"done"}
     assert not list(out.rglob("failed.json"))
+    for name in statuses(alone):
+        assert metrics(out, name) == metrics(alone, name)
+
+
+@pytest.mark.parametrize("launcher", ["local", "ray"])
+def test_an_interrupted_run_goes_on_from_its_checkpoint(compare, alone, tmp_path, monkeypatch, request, launcher):
+    """It was trained in this process; whoever goes on, it ends as if nothing had been."""
+    if launcher == "ray":
+        request.getfixturevalue("cluster")
+    out, name, train = tmp_path / "out", "mfa_kr-seed0", execute.train
+
+    def interrupted(*args, directory, on_step, **others):
+        def show(row):
+            on_step(row)
+            if directory.name == name and row["step"] == 4:
+                raise KeyboardInterrupt
+
+        return train(*args, directory=directory, on_step=show, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execute, "train", interrupted)
+        assert compare(out, *TWO_RUNS).status == 130
+    assert statuses(out) == {"mha-seed0": "done", name: "stopped"}
+    done = compare(out, *TWO_RUNS, "--launcher", launcher)
+    assert done.status == 0, done.err
+    assert [step for step in range(1, 7) if f"{name} step {step}/6: loss " in done.err] == [4, 5, 6]
+    if launcher == "local":
+        said = (out / "runs" / name / "log.txt").read_text()
+        assert f"{name}: continuing from the checkpoint of step 3" in said
+    assert metrics(out, name) == metrics(alone, name)
+    first, second = (folder / "runs" / name / "model" / "model.safetensors" for folder in (alone, out))
+    assert first.read_bytes() == second.read_bytes()
+    assert not list(out.rglob("checkpoints"))
 
 
 def test_sigterm_stops_the_workers_and_gathers(text, tmp_path):
@@ -237,11 +272,12 @@ def test_sigterm_stops_the_workers_and_gathers(text, tmp_path):
         err.seek(0)
         said = err.read()
     assert status == 75, said
-    assert "interrupted; what was finished is in" in said
+    assert "stopped by SIGTERM; what was finished is in" in said
     assert "Traceback" not in said
     assert not any(map(is_alive, workers))
     assert set(statuses(out).values()) <= {"stopped", "missing"}
     assert results(out)["running"] is False
+    assert all(list((run / "checkpoints").glob("step-*")) for run in runs)
     assert_nothing_is_left(out)
 
 
@@ -287,6 +323,36 @@ with locked(pathlib.Path({str(tmp_path / LOCK)!r}), ""):
     assert not (tmp_path / LOCK).exists()
 
 
+@pytest.mark.slow
+def test_random_kills_change_no_number(compare, text, tmp_path):
+    """SIGKILL for the comparison or one of its workers at random moments until all is done: as if nothing had been."""
+    settings = ["--steps", 2000, "--checkpoint-interval", 50, "--variants", "mha,mfa_kr", "--seeds", "0,1"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert compare(whole, *settings).status == 0
+    words = ["compare", "--data", text, *SMALL, *settings, "--out", out, *LOCAL]
+    chance, kills = random.Random(0), []
+    for _ in range(60):
+        process = subprocess.Popen([sys.executable, "-m", "multimatrix", *map(str, words)], stderr=subprocess.PIPE)
+        moment = time.monotonic() + chance.uniform(8, 20)
+        while process.poll() is None and time.monotonic() < moment:
+            time.sleep(0.05)
+        if process.poll() == 0:
+            break
+        workers = [found for run in (out / "runs").glob("*") if (found := worker_of(run)) and is_alive(found)]
+        victim = chance.choice([process.pid, *workers])
+        if process.poll() is None and is_alive(victim):
+            os.kill(victim, signal.SIGKILL)
+            kills.append("comparison" if victim == process.pid else "worker")
+        if victim != process.pid:
+            assert process.wait(timeout=300) == 1
+    print(f"{len(kills)} kills survived: {kills}")
+    assert process.returncode == 0
+    assert len(kills) > 2
+    assert comparable(out) == comparable(whole)
+    for name in statuses(whole):
+        assert metrics(out, name) == metrics(whole, name)
+
+
 # ---- which launcher, which device --------------------------------------------------------------------------------
 
 
@@ -297,7 +363,6 @@ def test_the_launcher_follows_the_devices(monkeypatch):
         found = launch.make_launcher(*words)
         return type(found).__name__, found.workers, found.device_type
 
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert chosen([], None, None) == ("InProcess", 1, "cpu")
     assert chosen(["3"], None, None) == ("InProcess", 1, "cuda")
     assert chosen(["3", "5"], None, None) == ("Local", 2, "cuda")
@@ -313,6 +378,7 @@ def test_the_launcher_follows_the_devices(monkeypatch):
         (["--launcher", "slurm"], "launcher must be one of in-process, local, ray, got 'slurm'"),
         (["--workers", 0], "workers must be at least 1, got 0"),
         (["--launcher", "in-process", "--workers", 2], "one process trains one run at a time, not 2"),
+        (["--launcher", "local", "--micro-batch-size", 3], "which micro_batch_size 3 does not divide"),
     ],
 )
 def test_launchers_that_cannot_be(compare, tmp_path, words, fragment):
@@ -326,7 +392,6 @@ def test_ray_is_asked_for_where_it_is_missing(compare, tmp_path, monkeypatch):
 
 
 def test_every_worker_has_a_gpu_of_those_that_are_visible(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6, GPU-1f")
     assert launch.visible_gpus() == ["6", "GPU-1f"]
@@ -358,6 +423,22 @@ def test_workers_share_the_cores_unless_the_user_has_set_the_threads(monkeypatch
 )
 def test_how_a_process_ended(status, words):
     assert local.how_it_ended(status).startswith(words)
+
+
+@pytest.mark.parametrize("kind", ["memory", "file", "part of a file"])
+def test_workers_map_the_blocks(tmp_path, kind):
+    blocks = np.arange(60, dtype=np.uint16).reshape(10, 6)
+    if kind != "memory":
+        blocks.tofile(tmp_path / "tokens")
+        blocks = np.memmap(tmp_path / "tokens", np.uint16, "r")[:60].reshape(10, 6)
+    if kind == "part of a file":
+        blocks = blocks[4:9]
+    mapped = local.Mapped.of(blocks, tmp_path / "written")
+    found = pickle.loads(pickle.dumps(mapped)).read()
+    assert isinstance(found, np.memmap)
+    assert found.dtype == blocks.dtype
+    assert np.array_equal(found, blocks)
+    assert (tmp_path / "written").exists() == (kind == "memory")
 
 
 def test_rows_are_read_whole_and_once(tmp_path):

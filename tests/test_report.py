@@ -387,6 +387,17 @@ def test_curves_are_means_over_seeds(finished):
     assert losses == sorted(losses)
 
 
+def test_long_runs_are_drawn_in_few_points(tmp_path):
+    results = sample(tmp_path, VARIANTS[:1], seeds=(0,))
+    run = tmp_path / results["runs"][0]["directory"]
+    rows = [{"step": step, "tokens": step * 100, "loss": 2 + 1 / step} for step in range(1, 20_001)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (line,) = figures.loss_against_tokens(results, tmp_path).axes[0].lines
+    assert len(line.get_xdata()) == 400
+    assert (line.get_xdata()[0], line.get_xdata()[-1]) == (100, 2_000_000)
+    assert line.get_ydata()[-1] == pytest.approx(2 + 1 / 20_000, abs=1e-5)
+
+
 def test_one_evaluation_leaves_training_alone(tmp_path):
     results = sample(tmp_path)
     for run in results["runs"]:

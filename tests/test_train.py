@@ -30,7 +30,8 @@ from multimatrix.train.configuration import Training
 from multimatrix.train.metrics import MetricsFile
 from multimatrix.train.optimizers import MuonWithAdamW, muon_with_adamw
 from multimatrix.train.progress import row_text
-from multimatrix.train.protocol import Execution
+from multimatrix.train.protocol import Execution, RunStopped
+from multimatrix.train.stopping import stop_on_sigterm, stop_requests
 from train_settings import SMALL, STEPS, losses, rows, steps_kept, weights, write_text
 
 
@@ -198,6 +199,20 @@ def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+def test_sigterm_in_the_last_step_goes_to_who_is_around():
+    """The run is done then, and the others of a comparison must not begin."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def late():
+        with stop_on_sigterm(), stop_requests() as asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert asked()
+
+    with pytest.raises(RunStopped, match="stopped by SIGTERM"):
+        late()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
 import transformers
 from rich.console import Console, JustifyMethod
 from rich.table import Table
@@ -41,8 +40,7 @@ def run_command(
     Raises:
         InputError: something the user can mend.
     """
-    for library in (transformers.utils.logging, datasets.utils.logging):
-        library.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     comparison = make_comparison(preset, settings)
     chosen = make_launcher(launcher, workers)
@@ -58,9 +56,10 @@ def run_command(
             results = run_comparison(prepared, directory, chosen, command=command_line(), progress=progress)
     except KeyboardInterrupt as interrupt:
         progress.close()
-        how = str(interrupt) or "interrupted"
-        progress.say(f"{how}; what was finished is in {directory}, and the same command goes on from there")
-        return STOPPED if isinstance(interrupt, RunStopped) else INTERRUPTED
+        stopped = isinstance(interrupt, RunStopped)
+        what = interrupt if stopped else "interrupted"
+        progress.say(f"{what}; what was finished is in {directory}, and the same command goes on from there")
+        return STOPPED if stopped else INTERRUPTED
     except OSError as error:
         where = error.filename or directory
         raise InputError(

@@ -17,6 +17,8 @@ from matplotlib.ticker import EngFormatter
 from multimatrix.pages.drawing import INK, End, display_name, dress, empty, label_ends, style_of
 from multimatrix.train.folder import METRICS
 
+# Points of a line that are drawn at most: long runs have more than a screen.
+DRAWN = 400
 # What is drawn, and the key of its values in the metrics.
 KINDS = {"validation loss": "validation_loss", "training loss, smoothed": "loss"}
 
@@ -29,6 +31,12 @@ class Curve:
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
+
+    def thinned(self) -> Curve:
+        """At most `DRAWN` of the points, evenly spread, the last among them."""
+        last = len(self.tokens) - 1
+        kept = np.unique(np.linspace(0, last, min(last + 1, DRAWN)).round().astype(int))
+        return Curve(self.tokens[kept], self.mean[kept], self.low[kept], self.high[kept])
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ def loss_against_tokens(results: dict[str, Any], directory: Path) -> Figure:
     under_way = {run["variant"] for run in running}
     panels = []
     for label, key in KINDS.items():
-        smooth = _smooth if key == "loss" else _same
+        smooth = _smooth if key == "loss" else _as_it_is
         curves = {name: smooth(curve) for name, curve in _curves(results, directory, key).items()}
         thin = [(run["variant"], smooth(curve)) for run in running if (curve := _curve_of(directory, run, key))]
         panels.append(Panel(label, curves, thin))
@@ -71,7 +79,7 @@ def losses_of_runs(runs: list[dict[str, Any]], directory: Path) -> Figure:
     by_name = {run["name"]: run for run in runs}
     panels = []
     for label, key in KINDS.items():
-        smooth = _smooth if key == "loss" else _same
+        smooth = _smooth if key == "loss" else _as_it_is
         found = {run["name"]: smooth(curve) for run in runs if (curve := _curve_of(directory, run, key))}
         panels.append(Panel(label, found, []))
     return _draw(
@@ -169,11 +177,11 @@ def _smooth(curve: Curve) -> Curve:
     kernel = np.ones(2 * (len(curve.tokens) // 40) + 1)
     weight = np.convolve(np.ones_like(curve.mean), kernel, "same")
     mean, low, high = (np.convolve(y, kernel, "same") / weight for y in (curve.mean, curve.low, curve.high))
-    return Curve(curve.tokens, mean, low, high)
+    return Curve(curve.tokens, mean, low, high).thinned()
 
 
-def _same(curve: Curve) -> Curve:
-    return curve
+def _as_it_is(curve: Curve) -> Curve:
+    return curve.thinned()
 
 
 def _cut_the_start(axes: Axes, curves: dict[str, Curve]) -> bool:

@@ -26,7 +26,7 @@ from multimatrix.train.run import train
 # Errors of a disk on which no other run could write either.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # Seconds that a run waits for the process that trained it before, and was told to stop, to write its checkpoint.
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 
 def attempt(
@@ -43,7 +43,7 @@ def attempt(
 
     Raises:
         OSError: the disk is full or read-only.
-        KeyboardInterrupt: somebody wants it to stop; RunStopped after SIGTERM, with a checkpoint.
+        KeyboardInterrupt: somebody wants it to stop; RunStopped after SIGTERM, in training with a checkpoint.
     """
     lock = locked(run.directory / RUN_LOCK, "it trains this run already", PATIENCE)
     try:
@@ -53,7 +53,6 @@ def attempt(
     try:
         (run.directory / FAILURE).unlink(missing_ok=True)
         _execute(prepared, run, command, show, say)
-        run.drop_checkpoints()
         return None
     except (Exception, CheckpointException) as error:
         if isinstance(error, OSError) and error.errno in DISK:
@@ -96,7 +95,7 @@ def _execute(
         identity=run.identity,
         held=True,
         on_step=show,
-        say=say,
+        say=lambda line: say(f"{run.name}: {line}"),
     )
     context = prepared.protocol.context
     decode_speed = decode_tokens_per_second(trained.model, context=max(1, context // 2), tokens=min(64, context // 2))
@@ -124,3 +123,4 @@ def _execute(
         "environment": where,
     }
     write_json(run.directory / RESULT, result)
+    run.drop_checkpoints()

@@ -6,7 +6,6 @@ depend on.
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 from collections.abc import Sequence
@@ -31,14 +30,14 @@ class Watcher(Protocol):
     def row(self, run: Run, row: dict[str, Any]) -> None:
         """It wrote a metrics row."""
 
-    def say(self, run: Run, line: str) -> None:
-        """It has something to say to the person who waits."""
-
     def end(self, run: Run, reason: str | None) -> None:
         """It is done, or failed for this reason."""
 
+    def say(self, text: str) -> None:
+        """A line for the person who waits."""
+
     def tick(self) -> None:
-        """Some time has passed; called every second or so while several runs are under way."""
+        """Nothing is to be done at this moment; called every second or so, but in training only after a row."""
 
 
 class Launcher(Protocol):
@@ -62,7 +61,7 @@ class Launcher(Protocol):
 
 
 class InProcess:
-    """One run after the other in this process."""
+    """One run after the other in this process, on the first GPU that is visible."""
 
     workers: int = 1
     sharing: str | None = None
@@ -72,9 +71,14 @@ class InProcess:
 
     def launch(self, prepared: Prepared, runs: Sequence[Run], out: Path, command: str, watcher: Watcher) -> None:
         for run in runs:
+
+            def show(row: dict[str, Any], run: Run = run) -> None:
+                watcher.row(run, row)
+                watcher.tick()
+
             watcher.start(run)
-            show, say = functools.partial(watcher.row, run), functools.partial(watcher.say, run)
-            reason = attempt(prepared, run, command, show, say)
+            watcher.tick()
+            reason = attempt(prepared, run, command, show, watcher.say)
             gc.collect()  # what a run that failed held must not be missing to the next
             if prepared.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -108,7 +112,7 @@ def make_launcher(name: str | None, workers: int | None) -> Launcher:
 
 def visible_gpus() -> list[str]:
     """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; no CUDA context is made."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [name.strip() for name in named.split(",")] if named else [str(index) for index in range(count)]
     return names[:count]  # CUDA ignores what follows a name that it does not know

@@ -17,48 +17,43 @@ INTERVAL = 20.0
 class Watch:
     """Hears from a launcher how runs fare; shows progress, and has the report rendered now and then.
 
-    render: writes the report; called when a run starts or ends and in between, but not so often that it takes more
-    than `share` of the time: in one process it holds up training.
+    render: writes the report; due when a run has started or ended, and every `INTERVAL` seconds, but in between not so
+    often that it takes more than `share` of the time: in one process it holds up training.
     """
 
     def __init__(self, waiting: list[Run], progress: Progress, render: Callable[[], object], share: float) -> None:
         self.waiting = {run.name for run in waiting}
         self.running: set[str] = set()
-        self.failures: dict[str, str] = {}
         self._progress = progress
         self._render = render
         self._share = share
-        self._next = 0.0
+        self._due = 0.0
 
     def start(self, run: Run) -> None:
         self.waiting.discard(run.name)
         self.running.add(run.name)
         self._progress.start(run.name)
-        self._refresh()
+        self._due = 0.0
 
     def row(self, run: Run, row: dict[str, Any]) -> None:
         self._progress.show(run.name, row)
-        self.tick()
-
-    def say(self, run: Run, line: str) -> None:
-        self._progress.say(f"{run.name}: {line}")
 
     def end(self, run: Run, reason: str | None) -> None:
         self.waiting.discard(run.name)
         self.running.discard(run.name)
         self._progress.end(run.name)
         if reason is not None:
-            self.failures[run.name] = reason
-            self._progress.say(f"{run.name} failed: {reason}")
-        self._refresh()
+            self.say(f"{run.name} failed: {reason}")
+        self._due = 0.0
+
+    def say(self, text: str) -> None:
+        self._progress.say(text)
 
     def tick(self) -> None:
-        if time.monotonic() >= self._next:
-            self._refresh()
-
-    def _refresh(self) -> None:
         start = time.monotonic()
+        if start < self._due:
+            return
         with contextlib.suppress(OSError):  # training goes on; if it cannot be written at the end either, that is said
             self._render()
         took = time.monotonic() - start
-        self._next = start + max(INTERVAL, took / self._share)
+        self._due = start + max(INTERVAL, took / self._share)

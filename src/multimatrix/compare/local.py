@@ -20,9 +20,10 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from multimatrix.compare.execute import DISK, PATIENCE, record_failure
 from multimatrix.compare.folder import FAILURE, SHARED, state_of
@@ -30,6 +31,8 @@ from multimatrix.compare.launch import Watcher, visible_gpus
 from multimatrix.compare.prepare import Prepared, Run
 from multimatrix.train.folder import METRICS
 
+# For the last words of a process that crashes.
+FLAGS = ("-u", "-X", "faulthandler")
 PREPARED = "prepared.pickle"
 FAILED = 1  # exit status of a worker whose run failed; failed.json says why
 POLL = 0.2  # seconds
@@ -58,6 +61,7 @@ class Local:
                         run = waiting.popleft()
                         active[place] = _Worker(run, shared, self.surroundings(place))
                         watcher.start(run)
+                watcher.tick()
                 time.sleep(POLL)
                 for place, worker in list(active.items()):
                     status = worker.process.poll()
@@ -66,7 +70,6 @@ class Local:
                     if status is not None:
                         del active[place]
                         watcher.end(worker.run, worker.outcome(status))
-                watcher.tick()
         finally:
             stop([worker.process for worker in active.values()])
             shutil.rmtree(shared, ignore_errors=True)
@@ -93,7 +96,7 @@ class _Worker:
         (run.directory / FAILURE).unlink(missing_ok=True)
         with (run.directory / "log.txt").open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "multimatrix.compare.worker", str(shared), run.name],
+                [sys.executable, *FLAGS, "-m", "multimatrix.compare.worker", str(shared), run.name],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -149,33 +152,43 @@ def stop(processes: Sequence[subprocess.Popen]) -> None:
 
 
 class Mapped(NamedTuple):
-    """Blocks of text as they lie in a file of the token cache, from its first byte on."""
+    """Blocks `[blocks, context]` in a file, where every process maps them into memory."""
 
-    file: str
-    kind: str
+    path: Path
+    dtype: np.dtype
+    offset: int
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, blocks: np.ndarray) -> Mapped:
-        return cls(str(cast(np.memmap, blocks).filename), blocks.dtype.str, blocks.shape)
+    def of(cls, blocks: NDArray[np.integer], path: Path) -> Mapped:
+        """Where the blocks are in a file already, as tokens of the cache are; else they are written to `path`."""
+        if isinstance(blocks, np.memmap) and blocks.filename is not None and blocks.flags.c_contiguous:
+            whole: Any = blocks
+            while isinstance(whole.base, np.memmap):
+                whole = whole.base
+            first = blocks.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+            return cls(Path(blocks.filename).absolute(), blocks.dtype, whole.offset + first, blocks.shape)
+        blocks.tofile(path)
+        return cls(path.absolute(), blocks.dtype, 0, blocks.shape)
 
-    def blocks(self) -> np.ndarray:
-        return np.memmap(self.file, dtype=self.kind, mode="r", shape=self.shape)
+    def read(self) -> NDArray[np.integer]:
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
 
 
 def share(prepared: Prepared, runs: Sequence[Run], command: str, shared: Path) -> None:
-    """Write what workers read: everything but the text, which they map from where this process has it."""
+    """Write what workers read: where the text is, and everything else of the comparison."""
     shutil.rmtree(shared, ignore_errors=True)
     shared.mkdir(parents=True)
-    sides = prepared.text.train, prepared.text.validation
-    bare = prepared.with_blocks(*(side[:0] for side in sides))
-    (shared / PREPARED).write_bytes(pickle.dumps((bare, [Mapped.of(side) for side in sides], list(runs), command)))
+    text = prepared.text
+    train, validation = Mapped.of(text.train, shared / "train"), Mapped.of(text.validation, shared / "validation")
+    bare = prepared.with_blocks(text.train[:0], text.validation[:0])
+    (shared / PREPARED).write_bytes(pickle.dumps((bare, train, validation, list(runs), command)))
 
 
 def read_shared(shared: Path, name: str) -> tuple[Prepared, Run, str]:
     """The comparison, one run of it, and the command, as `share` wrote them; the text is mapped, not read."""
-    bare, sides, runs, command = pickle.loads((shared / PREPARED).read_bytes())
-    prepared = bare.with_blocks(*(side.blocks() for side in sides))
+    bare, train, validation, runs, command = pickle.loads((shared / PREPARED).read_bytes())
+    prepared = bare.with_blocks(train.read(), validation.read())
     return prepared, next(run for run in runs if run.name == name), command
 
 
@@ -190,15 +203,14 @@ class Tail:
         """What was written since the last call, whole lines only."""
         if not self.path.is_file():
             return []
-        with self.path.open("rb") as file:
-            if self.path.stat().st_size < len(self._seen):  # it was cut to where the run goes on
-                pairs = zip(self._seen.splitlines(keepends=True), file, strict=False)
-                self._seen = b"".join(old for old, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            file.seek(len(self._seen))
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._seen += whole + newline
+        found = self.path.read_bytes()
+        if not found.startswith(self._seen):  # it was cut to where the run goes on
+            pairs = zip(self._seen.splitlines(keepends=True), found.splitlines(keepends=True), strict=False)
+            self._seen = b"".join(old for old, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        new = found[len(self._seen) : found.rfind(b"\n") + 1]
+        self._seen += new
         rows = []
-        for line in whole.splitlines():
+        for line in new.splitlines():
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
         return [row for row in rows if isinstance(row, dict) and "step" in row]

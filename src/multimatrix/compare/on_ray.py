@@ -8,8 +8,6 @@ files.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import sys
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,13 +71,13 @@ class OnRay:
                     run.directory.mkdir(parents=True, exist_ok=True)
                     tail = Tail(run.directory / METRICS)
                     active[task.remote(stored, run, command)] = _Task(run, tail)
+                watcher.tick()
                 done, _ = ray.wait(list(active), timeout=1)
                 for known in active.values():
                     known.follow(watcher)
                 for reference in done:
                     known = active.pop(reference)
                     watcher.end(known.run, _outcome(reference, known.run))
-                watcher.tick()
         finally:
             _stop(list(active))
 
@@ -106,7 +104,7 @@ def _train(prepared: Prepared, run: Run, command: str) -> str | None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    return attempt(prepared, run, command, lambda row: None, functools.partial(print, file=sys.stderr, flush=True))
+    return attempt(prepared, run, command, lambda row: None, print)
 
 
 def _outcome(reference: Any, run: Run) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,12 @@ def run_comparison(
         def finish() -> dict[str, Any]:
             watch.waiting.clear()
             watch.running.clear()
+            for run in runs:
+                if state_of(run.directory).status == "done":
+                    run.drop_checkpoints()  # it may have been stopped before it did
             results = write(running=False)
             report.write_csv(results, out / "results.csv")
             figures.save_figures(results, out)
-            for run in runs:
-                if state_of(run.directory).status == "done":
-                    run.drop_checkpoints()  # an interrupt may have come before its own attempt did
             return results
 
         share = SHARE_IN_PROCESS if isinstance(launcher, InProcess) else SHARE
@@ -70,9 +71,10 @@ def run_comparison(
         try:
             if missing:
                 launcher.launch(prepared, missing, out, command, watch)
-        except KeyboardInterrupt:
+        except BaseException:
             progress.close()
-            finish()
+            with contextlib.suppress(OSError):  # the disk may be full
+                finish()
             raise
         progress.close()
         return finish()

@@ -25,7 +25,7 @@ def main(shared: str, name: str) -> int:
     try:
         with stop_on_sigterm():
             prepared, run, command = read_shared(Path(shared), name)
-            return 0 if attempt(prepared, run, command, _ignore, _say) is None else FAILED
+            return 0 if attempt(prepared, run, command, _ignore, print) is None else FAILED
     except KeyboardInterrupt:
         return STOPPED
     except OSError as error:
@@ -37,10 +37,6 @@ def main(shared: str, name: str) -> int:
 
 def _ignore(row: dict[str, Any]) -> None:
     """Who started us reads the rows from the file."""
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _end_with_the_parent() -> None:

@@ -20,7 +20,7 @@ def stop_on_sigterm() -> Iterator[None]:
     """Raise RunStopped in the main thread on SIGTERM; elsewhere, where no handler can be set, change nothing."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise RunStopped
+        raise RunStopped("stopped by SIGTERM")
 
     with _handler(stop):
         yield
