@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         profile=not options.no_profile,
     )
     warnings.filterwarnings("ignore", message=".*TensorFloat32.*")
-    cases = make_cases(options.size, options.variants, options.context)
+    cases = make_cases(options.size, options.variants, options.context, options.head_dim)
     rows: dict[Case, dict[str, Any]] = {}
     for case in cases:
         if not budget.allows("model"):
@@ -125,6 +125,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--size", type=list_of(one_of(SIZES)), help="of 350m, 1b, 124m; by default all")
     add("--variants", type=list_of(one_of(MODELS)), help=f"of {', '.join(MODELS)}; by default all")
     add("--context", type=list_of(positive), help="tokens of a sequence, by default 2048")
+    add("--head-dim", type=positive, help="of MHA, by default the size's: 128, and 64 at 124m; MFA's are twice as wide")
     add("--steps", type=positive, default=8, help="timed steps, 8 by default")
     add("--tokens-per-step", type=positive, help="of one optimizer step, by default 65536")
     add("--weights", choices=["float32", "bfloat16"], default="float32", help="bfloat16: no autocast")

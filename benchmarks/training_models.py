@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,19 +45,20 @@ class Size:
 SIZES = {
     # The depth and width of GPT-2's small and medium models, and of the MFA paper's 1B dense model.
     "124m": Size(768, 12, 64, 2048, 50_304, 65_536),
-    "350m": Size(1024, 24, 128, 2816, 50_304, 32_768),
-    "1b": Size(2048, 20, 128, 5504, 50_304, 16_384),
+    "350m": Size(1024, 24, 128, 2816, 50_304, 65_536),
+    "1b": Size(2048, 20, 128, 5504, 50_304, 32_768),
     "tiny": Size(64, 2, 16, 176, 256, 64),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: a model of one size at one context."""
+    """One row: a model of one size at one context. head_dim: of MHA, where it is not the size's."""
 
     size_name: str
     model: str
     context: int
+    head_dim: int | None = None
 
     @property
     def label(self) -> str:
@@ -64,7 +66,8 @@ class Case:
 
     @property
     def size(self) -> Size:
-        return SIZES[self.size_name]
+        size = SIZES[self.size_name]
+        return size if self.head_dim is None else dataclasses.replace(size, head_dim=self.head_dim)
 
     @property
     def is_llama(self) -> bool:
@@ -123,12 +126,14 @@ class Case:
             return kind(self.config).to(weights).train()
 
 
-def make_cases(sizes: Sequence[str], models: Sequence[str], contexts: Sequence[int]) -> list[Case]:
+def make_cases(
+    sizes: Sequence[str], models: Sequence[str], contexts: Sequence[int], head_dim: int | None = None
+) -> list[Case]:
     """In the order in which they are measured: what a bar asks for in all sizes, then the others."""
     first = [model for model in models if model in MODELS[:3]]
     rest = [model for model in models if model not in first]
     return [
-        Case(size, model, context)
+        Case(size, model, context, head_dim)
         for context in contexts
         for group in (first, rest)
         for size in sizes

@@ -8,11 +8,11 @@ import torch
 from cases import CASES
 from multimatrix.attention import make_spec
 from multimatrix.attention.module import Attention
-from multimatrix.plan.answer import Question, answer
-from multimatrix.plan.forms import form_cost, pairs, prefill_flops, recompute_from
+from multimatrix.plan.answer import Question, answer, forms_row
+from multimatrix.plan.forms import form_cost, pairs, prefill_flops
 from multimatrix.plan.hardware import find_hardware
 from multimatrix.plan.sources import from_recipe
-from plan_devices import CHIP
+from plan_devices import CHIP, one_attention
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 20])
@@ -61,6 +61,10 @@ def count_products(run):
     with FlopCounterMode(display=False) as counter:
         made = run()
     return counter.get_total_flops() // 2, made
+
+
+def recompute_from(spec, context):
+    return forms_row(one_attention(spec), context, 16)["recompute_from_queries"]
 
 
 @pytest.mark.parametrize(("name", "context"), [("deepseek-v3", 8192), ("kimi-k2", 500), ("deepseek-v3", 100)])

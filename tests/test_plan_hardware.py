@@ -109,6 +109,7 @@ def test_the_peak_of_a_width():
     assert own.computing(4) == own
     assert [b200.peak(bits) for bits in (4, 8, 16)] == [4.5e15, 4.5e15, 2.25e15]
     assert own.peak(16) == own.flops_per_second
+    assert b200.storing(4) == b200.computing(8)
 
 
 def test_no_price_no_dollars():
@@ -118,7 +119,7 @@ def test_no_price_no_dollars():
     assert row["bound"] == "memory"
 
 
-@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("value", [0, -1.0, 1e25, math.inf, math.nan])
 @pytest.mark.parametrize("field", ["flops_per_second", "bytes_per_second", "memory_bytes", "dollars_per_hour"])
 def test_numbers_that_no_accelerator_has(field, value):
     numbers = {"flops_per_second": 1e12, "bytes_per_second": 1e11, "memory_bytes": 1e9}

@@ -12,14 +12,13 @@ import signal
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command import Done, multimatrix
-from multimatrix.data import OrderedBlocks, PackedText
+from multimatrix.data import OrderedBlocks
 from multimatrix.errors import InputError
 from multimatrix.locks import locked
 from multimatrix.model.modeling import MultimatrixForCausalLM
@@ -530,27 +529,15 @@ def test_tensorboard_sees_every_row_once(train, tmp_path, monkeypatch):
     assert events(out, "eval/loss") == pytest.approx(expected)
 
 
-def test_utilization_where_the_peak_is_known(finished, tmp_path):
+def test_utilization_where_the_peak_is_known(train, tmp_path, monkeypatch):
     """1,000 FLOPs a token on a device of 10^8 FLOPs a second: tokens per second over 10^5."""
-    config = MultimatrixForCausalLM.from_pretrained(finished[0] / "model").config
-    protocol = Training(steps=3, batch_size=2, context=16, evaluations=1).protocol("cpu")
-    blocks = np.zeros((8, 16), dtype=np.int32)
-    found = []
-    run.train(
-        config,
-        PackedText(blocks, blocks[:2], 257, 1.0),
-        protocol,
-        seed=0,
-        directory=tmp_path,
-        device=torch.device("cpu"),
-        execution=Execution(log_interval=1),
-        flops_per_token=1e3,
-        peak_flops_per_second=1e8,
-        on_step=found.append,
-    )
+    monkeypatch.setattr(run, "_utilization", lambda config, context, device: lambda speed: speed * 1e3 / 1e8)
+    done = train(tmp_path / "out")
+    found = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     shares = [(row["mfu"], row["tokens_per_second"] / 1e5) for row in found if "loss" in row]
-    assert len(shares) == 3
+    assert len(shares) == STEPS
     assert all(mfu == pytest.approx(expected, abs=1e-4) for mfu, expected in shares)
+    assert done.err.count(", mfu ") == STEPS
 
 
 def test_a_tracker_that_is_not_installed(train, tmp_path, monkeypatch):

@@ -12,6 +12,13 @@ from multimatrix.errors import InputError
 LARGEST = 10**9  # no model has a larger size
 
 
+def check_most(what: str, value: int, most: int = LARGEST) -> None:
+    """InputError where a whole number is larger than `most`."""
+    if value > most:
+        got = f"{value:,}" if value < 10**24 else f"{len(str(value))} digits"
+        raise InputError(f"{what} must be at most {most:,}, got {got}")
+
+
 def check_sizes(what: str, sizes: Mapping[str, Any], cls: type, besides: Collection[str] = ()) -> None:
     """InputError unless `sizes` name fields of the dataclass, and all that have no default.
 

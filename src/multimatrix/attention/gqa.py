@@ -19,6 +19,7 @@ from multimatrix.attention.gmha import (
     Weight,
     head_matrices,
     output_matrices,
+    side_by_side,
     split_heads,
 )
 from multimatrix.errors import InputError
@@ -80,9 +81,8 @@ class GQASpec(AttentionSpec):
         return self.head_dim, self.head_dim
 
     def project(self, w: Attention, x: Tensor, rope: Rotation) -> tuple[Tensor, tuple[Tensor, ...]]:
-        q = split_heads(w.q_proj(x), self.head_dim)  # [B, N, T, D]
-        k = split_heads(w.k_proj(x), self.head_dim)  # [B, G, T, D]
-        v = split_heads(w.v_proj(x), self.head_dim)  # [B, G, T, D]
+        projected = side_by_side(x, w.q_proj, w.k_proj, w.v_proj)
+        q, k, v = (split_heads(part, self.head_dim) for part in projected)  # [B, N, T, D] and two [B, G, T, D]
         return rope(q), (rope(k), v)
 
     def circuits(self, w: Mapping[str, Tensor], x: Tensor) -> Circuits:

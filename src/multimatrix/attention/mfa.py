@@ -24,6 +24,7 @@ from multimatrix.attention.gmha import (
     Weight,
     head_matrices,
     output_matrices,
+    side_by_side,
     split_heads,
 )
 from multimatrix.errors import InputError
@@ -108,17 +109,15 @@ class MFASpec(AttentionSpec):
     def rope_blocks(self) -> int:
         return self.rotary_blocks
 
-    def project_query(self, w: Attention, x: Tensor) -> Tensor:
-        """x [B, T, H] -> un-rotated query [B, N, T, C]."""
-        latent = w.q_a_proj(x)  # [B, T, R]
+    def project_query(self, w: Attention, latent: Tensor) -> Tensor:
+        """x S_q [B, T, R] -> un-rotated query [B, N, T, C]."""
         if self.query_norm:
             latent = w.q_a_norm(latent)
         return split_heads(w.q_b_proj(latent * self.latent_scale(self.query_rank)), self.head_dim)
 
     def project(self, w: Attention, x: Tensor, rope: Rotation) -> tuple[Tensor, tuple[Tensor, ...]]:
-        k = w.k_proj(x).unsqueeze(1)  # [B, 1, T, C]
-        v = w.v_proj(x).unsqueeze(1)  # [B, 1, T, C]
-        return rope(self.project_query(w, x)), (rope(k), v)
+        latent, k, v = side_by_side(x, w.q_a_proj, w.k_proj, w.v_proj)  # [B, T, R] and two [B, T, C]
+        return rope(self.project_query(w, latent)), (rope(k.unsqueeze(1)), v.unsqueeze(1))
 
     def circuits(self, w: Mapping[str, Tensor], x: Tensor) -> Circuits:
         from multimatrix.ops.reference import Circuits, rms_norm

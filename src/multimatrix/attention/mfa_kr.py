@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from multimatrix.attention.gmha import CacheLayout, Weight
+from multimatrix.attention.gmha import CacheLayout, Weight, side_by_side
 from multimatrix.attention.mfa import MFASpec
 from multimatrix.errors import InputError
 
@@ -101,8 +101,9 @@ class MFAKRSpec(MFASpec):
         return 2 * self.head_dim if self.has_expanded_form else self.cache.elements
 
     def project(self, w: Attention, x: Tensor, rope: Rotation) -> tuple[Tensor, tuple[Tensor, ...]]:
-        k = w.k_proj(x).unsqueeze(1)  # [B, 1, T, C]
-        return rope(self.project_query(w, x)), (rope(k) if self.rotates_value else k,)
+        latent, k = side_by_side(x, w.q_a_proj, w.k_proj)  # [B, T, R], [B, T, C]
+        k = k.unsqueeze(1)  # [B, 1, T, C]
+        return rope(self.project_query(w, latent)), (rope(k) if self.rotates_value else k,)
 
     def expand(self, w: Attention, latents: tuple[Tensor, ...], rope: Rotation) -> tuple[Tensor, Tensor]:
         return rope(latents[0]), self._apply_value_map(w, latents[0])

@@ -10,7 +10,7 @@ from typing import Any
 
 from multimatrix.attention import AttentionSpec, make_spec, spec_class
 from multimatrix.errors import InputError
-from multimatrix.fields import LARGEST, nearest_divisor
+from multimatrix.fields import check_most, nearest_divisor
 
 # Settings that every variant has, and whose customary sizes may depend on them.
 SHARED = {field.name for field in dataclasses.fields(AttentionSpec)} - {"hidden_size", "num_heads"}
@@ -39,8 +39,7 @@ def specs_from_labels(
             raise InputError(f"cannot read {label!r}; after @ write a tag of letters, digits and _ . + -")
     if hidden_size < 1:
         raise InputError(f"hidden_size must be at least 1, got {hidden_size}")
-    if hidden_size > LARGEST:
-        raise InputError(f"hidden_size must be at most {LARGEST:,}, got {hidden_size:,}")
+    check_most("hidden_size", hidden_size)
     if not 1 <= head_dim <= hidden_size:
         raise InputError(f"head_dim must be between 1 and the hidden_size of {hidden_size}, got {head_dim}")
     if hidden_size % head_dim:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
+from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -114,7 +115,7 @@ def token_counts(option: str, text: str) -> list[int]:
     counts = []
     for part in split_labels(text):
         found = re.fullmatch(r"([+-]?\d+(?:\.\d+)?) *([kM]?)", part, re.IGNORECASE)
-        count = float(found[1]) * 1024 ** " KM".index(found[2].upper() or " ") if found else 0.5
+        count = Fraction(found[1]) * 1024 ** " KM".index(found[2].upper() or " ") if found else Fraction(1, 2)
         if count != int(count):
             raise InputError(
                 f"{option} takes whole numbers such as 8192, 128k or 1M, separated by commas, got {part!r}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -100,21 +101,18 @@ def plan(
     best, what fits and its price. Models are recipes, config.json files, or sizes given by options. --batch beside
     --gpu, or --target-kv, searches MFA sizes that fit.
     """
-    from multimatrix.attention.sizes import sizes_by_label, specs_from_labels
+    from multimatrix.attention.sizes import sizes_by_label
     from multimatrix.files import check_writable
     from multimatrix.plan.answer import Question, answer
-    from multimatrix.plan.hardware import find_hardware
-    from multimatrix.plan.model import DecoderSizes, check_layers
     from multimatrix.plan.parallel import Layout
     from multimatrix.plan.search import REPLACEMENTS
-    from multimatrix.plan.sources import from_place, from_recipe
+    from multimatrix.plan.sources import from_places, from_recipe
 
     contexts, batches = token_counts("--context", context), token_counts("--batch", batch)
     if html is not None:
         check_writable(html)
     own = _own_hardware(memory, bandwidth, flops, price)
-    named = split_labels("" if own and gpu is None else REPORTED if gpu is None else gpu)
-    chips = find_hardware(named) + own
+    chips = _table_hardware("" if own and gpu is None else gpu) + own
     layout = Layout(tensor_parallel, attention_data_parallel, data_parallel)
     question = Question(
         chips=tuple(chips),
@@ -125,39 +123,32 @@ def plan(
         efficiency=share("--efficiency", efficiency),
         layout=layout if given(ctx, LAYOUT_OPTIONS) else None,
         batches=tuple(batches),
-        target_kv=None if target_kv is None else share("--target-kv", target_kv),
+        target_kv=_target(target_kv),
     )
-    names = split_labels(recipe or "")
+    names = list(dict.fromkeys(split_labels(recipe or "")))
     if recipe is not None and not names:
         raise InputError("--recipe names no model; give one, for example step3")
-    if given(ctx, ("batch",)) and chips and (own or gpu is not None) and not replace:
-        one_model = len(names) + len(models or ()) == 1 or not (names or models or "," in variants)
-        question = dataclasses.replace(question, searched=one_model)
     if names or models:
         refuse_beside(ctx, "a recipe or config.json has sizes of its own", *SPEC_OPTIONS)
+        planned = [from_recipe(name) for name in names] + from_places(models or (), names)
+    else:
+        planned = _described(
+            split_labels(variants),
+            sizes or (),
+            layers,
+            {"hidden_size": hidden_size, "head_dim": head_dim, "position": position},
+            {
+                "vocab_size": vocab_size,
+                "intermediate_size": intermediate_size,
+                "tie_word_embeddings": tie_word_embeddings,
+            },
+        )
+    if given(ctx, ("batch",)) and chips and (own or gpu is not None) and not replace:
+        question = dataclasses.replace(question, searched=len(planned) == 1)
+    if names or models:
         if not replace and not question.searches:
             refuse_without(ctx, "--replace or --target-kv where models are read", "sizes")
         question = dataclasses.replace(question, fixed=sizes_by_label(sizes or (), REPLACEMENTS))
-        planned = [from_recipe(name) for name in names] + [from_place(place) for place in models or ()]
-    else:
-        specs = specs_from_labels(
-            split_labels(variants),
-            hidden_size=hidden_size,
-            head_dim=head_dim,
-            overrides=sizes or (),
-            position=position,
-        )
-        check_layers("--layers", layers)
-        planned = [
-            DecoderSizes(
-                name=label,
-                specs=(spec,) * layers,
-                vocab_size=vocab_size,
-                intermediate_size=intermediate_size,
-                tie_word_embeddings=tie_word_embeddings,
-            )
-            for label, spec in specs.items()
-        ]
     for model in planned:
         for warning in model.warnings:
             print(f"warning: {model.name}: {warning}", file=sys.stderr)
@@ -177,6 +168,36 @@ def plan(
         print_plan(rows, question)
         if html is not None:
             print(f"wrote {html}")
+
+
+def _described(
+    labels: list[str], overrides: Sequence[str], layers: int, attention: dict[str, Any], others: dict[str, Any]
+) -> list[DecoderSizes]:
+    """The models that options describe, one for each variant.
+
+    attention: what `specs_from_labels` takes beside labels and overrides. others: the sizes of everything else.
+    """
+    from multimatrix.attention.sizes import specs_from_labels
+    from multimatrix.plan.model import DecoderSizes, check_layers
+
+    specs = specs_from_labels(labels, overrides=overrides, **attention)
+    check_layers("--layers", layers)
+    return [DecoderSizes(name=label, specs=(spec,) * layers, **others) for label, spec in specs.items()]
+
+
+def _table_hardware(names: str | None) -> list[Hardware]:
+    """The accelerators of --gpu, each once; those that the report prices where it is not given."""
+    from multimatrix.plan.hardware import find_hardware
+
+    return find_hardware(list(dict.fromkeys(split_labels(REPORTED if names is None else names))))
+
+
+def _target(text: str | None) -> float | None:
+    """The share of --target-kv."""
+    value = None if text is None else share("--target-kv", text)
+    if value == 0:
+        raise InputError("--target-kv must be above 0 %, got 0 %; no cache takes nothing")
+    return value
 
 
 def _own_hardware(*given: str | None) -> list[Hardware]:
@@ -211,6 +232,6 @@ def _replacements(model: DecoderSizes, variants: list[str], equal: str, question
     multiple = question.layout.tensor if question.layout else 1
     return [
         replaced(model, variant, keeps, fixed=question.fixed.get(variant), multiple=multiple)
-        for variant in variants
+        for variant in dict.fromkeys(variants)
         for keeps in kept
     ]

@@ -23,7 +23,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
 from multimatrix.errors import InputError, one_line
 
@@ -292,18 +291,27 @@ def _read_bytes(path: Path) -> bytes:
         return data
     except OSError as error:  # gzip.BadGzipFile is one
         raise InputError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
-    except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise InputError(f"{path} is damaged or cut short: {one_line(error)}") from error
 
 
 def _decompress_zstd(data: bytes) -> bytes:
-    """All frames of `data`; the one-call functions of zstandard read the first and accept half of it."""
+    """All frames of `data`; the one-call functions of zstandard read the first and accept half of it.
+
+    Raises:
+        EOFError: the data is damaged or cut short.
+    """
+    import zstandard  # nothing else needs it
+
     parts = []
     while data:
         frame = zstandard.ZstdDecompressor().decompressobj()
-        parts.append(frame.decompress(data))
+        try:
+            parts.append(frame.decompress(data))
+        except zstandard.ZstdError as error:
+            raise EOFError(one_line(error)) from error
         if not frame.eof:
-            raise zstandard.ZstdError("the last frame has no end")
+            raise EOFError("the last frame has no end")
         data = frame.unused_data
     return b"".join(parts)
 

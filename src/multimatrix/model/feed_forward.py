@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimatrix.attention.gmha import side_by_side
+
 
 class SwiGLU(nn.Module):
     """x [B, T, H] -> [B, T, H] through intermediate_size."""
@@ -16,7 +18,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # [B, T, H]
+        gate, up = side_by_side(x, self.gate_proj, self.up_proj)  # [B, T, I]
+        return self.down_proj(F.silu(gate) * up)  # [B, T, H]
 
     def set_output_std(self, std: float) -> None:
         """Initial std of the matrix that writes to the residual stream."""

@@ -101,24 +101,29 @@ def _sum_and_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The sum, and its gradients for hidden [N, H] and weight [V, H] where they are needed."""
     precision = torch.promote_types(dtype, torch.float32)
-    head = weight.to(dtype)  # [V, H]
+    # Products of odd widths are slow on a GPU; a padded column has no probability and no gradient.
+    size, padding = len(weight), -len(weight) % 8
+    head = F.pad(weight.to(dtype), (0, 0, 0, padding))  # [V + padding, H]
     total = torch.zeros((), dtype=precision, device=hidden.device)
     of_hidden = []
-    of_weight = torch.zeros_like(weight, dtype=precision) if for_weight else None
+    of_weight = torch.zeros_like(head, dtype=precision) if for_weight else None
     for rows, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         x = rows.to(dtype)  # [n, H]
         counts = (labels != ignore_index)[:, None]  # [n, 1]
         target = labels[:, None].where(counts, 0)  # [n, 1]
-        log_p, gradient = terms(x @ head.T, target, for_hidden or for_weight)  # [n, 1], [n, V]
+        logits = x @ head.T  # [n, V + padding]
+        if padding:
+            logits[:, size:] = float("-inf")
+        log_p, gradient = terms(logits, target, for_hidden or for_weight)  # [n, 1], [n, V + padding]
         total -= log_p.where(counts, 0).sum()
         if gradient is None:
             continue
         if for_hidden:
             of_hidden.append((gradient @ head).where(counts, 0))  # [n, H]
         if of_weight is not None:
-            of_weight += gradient.T @ x.where(counts, 0)  # [V, H]
+            of_weight += gradient.T @ x.where(counts, 0)  # [V + padding, H]
     return (
         total,
         torch.cat(of_hidden).to(hidden.dtype) if of_hidden else None,
-        None if of_weight is None else of_weight.to(weight.dtype),
+        None if of_weight is None else of_weight[:size].to(weight.dtype),
     )

@@ -79,7 +79,7 @@ def answer(sizes: DecoderSizes, context: int, question: Question) -> dict[str, A
     hardware = []
     for chip in question.chips:
         serving = question.served(sizes, chip, context)
-        hardware.append(chip.row(cost) | _hardware_row(serving, context, question))
+        hardware.append(chip.storing(question.kv_bits).row(cost) | _hardware_row(serving, context, question))
     row |= {
         "total_effective_rank": max(spec.capacity.total_effective_rank for spec in sizes.specs),
         "shared_latent_dim": max(spec.capacity.shared_latent_dim for spec in sizes.specs),
@@ -90,7 +90,7 @@ def answer(sizes: DecoderSizes, context: int, question: Question) -> dict[str, A
     }
     if question.chips:
         row["per_device"] = per_device_rows(sizes, context, question, hardware[0]["devices"])
-    if question.searches:
+    if question.searches and sizes.instead_of is None:
         row["search"] = search_row(sizes, context, question)
     return row
 
@@ -99,10 +99,7 @@ def _hardware_row(serving: Serving, context: int, question: Question) -> dict[st
     largest, layout = serving.largest_batch(context), serving.layout
     prefill = serving.prefill(context)
     return {
-        "memory_bytes": serving.chip.memory_bytes,
-        "bytes_per_second": serving.chip.bytes_per_second,
         "flops_per_second": {str(bits): serving.chip.peak(bits) for bits in serving.bits},
-        "dollars_per_hour": serving.chip.dollars_per_hour,
         "devices": layout.devices,
         "layout": dataclasses.asdict(layout),
         "weight_bytes_per_device": serving.weight_bytes,

@@ -68,13 +68,3 @@ def crossing(cheaper: Callable[[int], bool], low: int, high: int) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if cheaper(middle) else (middle + 1, high)
     return high
-
-
-def recompute_from(spec: AttentionSpec, context: int) -> int | None:
-    """The fewest query tokens at `context` from which recomputing takes fewer FLOPs than the absorbed form."""
-
-    def cheaper(queries: int) -> bool:
-        absorbed, recomputed = (form_cost(spec, form, queries, context).flops for form in ("absorbed", "recomputed"))
-        return recomputed < absorbed
-
-    return crossing(cheaper, 1, context)

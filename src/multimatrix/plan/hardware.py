@@ -5,7 +5,8 @@
     dollars     seconds * price
 
 The model is of a batch so large that reading the weights costs nothing, on an accelerator that reaches its peaks: a
-lower bound, good for comparing, not a forecast. As in the report, the peak is that of FP8 where the accelerator has it.
+lower bound, good for comparing, not a forecast. The report counts with an 8 bit cache and the peak of FP8 where the
+accelerator has it; `storing` gives the peak of other widths.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
@@ -24,6 +24,8 @@ from multimatrix.plan.model import DecodeCost
 
 logger = logging.getLogger(__name__)
 
+LARGEST_RATE = 1e24  # far beyond any machine; times and prices stay finite
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
@@ -33,7 +35,7 @@ class Hardware:
     products by the width of their operands. A rate is None where it is not known or not there, and so is a price.
 
     Raises:
-        InputError: a number is not positive and finite.
+        InputError: a number is not positive, a rate or the memory is below 1, or one is beyond LARGEST_RATE.
     """
 
     name: str
@@ -49,8 +51,13 @@ class Hardware:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and not isinstance(value, str) and not 0 < value < math.inf:
-                raise InputError(f"{field.name} of {self.name} must be a positive number, got {value}")
+            if value is None or isinstance(value, str):
+                continue
+            if not 0 < value <= LARGEST_RATE or (value < 1 and field.name != "dollars_per_hour"):
+                least = "above 0" if field.name == "dollars_per_hour" else "at least 1"
+                raise InputError(
+                    f"{field.name} of {self.name} must be {least} and at most {LARGEST_RATE:.0e}, got {value:g}"
+                )
 
     def computing(self, bits: int) -> Hardware:
         """The accelerator with its peak of products whose operands have so many bits, or of the next wider ones.
@@ -61,9 +68,13 @@ class Hardware:
         fitting = [rate for width, rate in rates.items() if rate is not None and width >= bits]
         return dataclasses.replace(self, flops_per_second=fitting[0]) if fitting else self
 
+    def storing(self, bits: int) -> Hardware:
+        """The accelerator with its peak on numbers that are stored with so many bits; below 8 they are widened to 8."""
+        return self.computing(max(bits, 8))
+
     def peak(self, bits: int) -> float:
-        """FLOPs per second on numbers that are stored with so many bits; below 8 they are widened to 8."""
-        return self.computing(max(bits, 8)).flops_per_second
+        """FLOPs per second of `storing`."""
+        return self.storing(bits).flops_per_second
 
     @property
     def roofline(self) -> float:
@@ -92,7 +103,7 @@ class Hardware:
         return {
             "hardware": self.name,
             "title": self.title,
-            "flops_per_second": self.flops_per_second,
+            "memory_bytes": self.memory_bytes,
             "bytes_per_second": self.bytes_per_second,
             "dollars_per_hour": self.dollars_per_hour,
             "roofline": self.roofline,

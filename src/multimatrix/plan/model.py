@@ -20,7 +20,7 @@ from typing import Any
 
 from multimatrix.attention import AttentionSpec
 from multimatrix.errors import InputError
-from multimatrix.fields import LARGEST
+from multimatrix.fields import LARGEST, check_most
 from multimatrix.model.experts import ExpertsSpec
 from multimatrix.plan.cache import KV_BITS, element_bytes, paged_tokens, scale_bytes
 from multimatrix.plan.numbers import decoder_parts, kv_bytes_per_token
@@ -84,16 +84,14 @@ class DecoderSizes:
         self._check_magnitudes()
 
     def _check_magnitudes(self) -> None:
-        sizes = {"vocab_size": self.vocab_size, "intermediate_size": self.intermediate_size}
-        if self.experts is not None:
-            sizes |= {f"{field} of experts": value for field, value in vars(self.experts).items() if field != "layers"}
-        for field, value in sizes.items():
-            if value > LARGEST:
-                raise InputError(f"{field} of {self.name} must be at most {LARGEST:,}, got {len(str(value))} digits")
+        experts = {} if self.experts is None else vars(self.experts)
+        for field, value in experts.items():
+            if field != "layers":
+                check_most(f"{field} of experts of {self.name}", value)
         for spec in dict.fromkeys(self.specs):
             if spec.parameters > MOST_PARAMETERS:
                 raise InputError(
-                    f"{spec.variant} of {self.name} has more than {MOST_PARAMETERS:.0e} parameters a layer; check its "
+                    f"the attention of {self.name} has more than {MOST_PARAMETERS:.0e} parameters a layer; check its "
                     "sizes"
                 )
 
@@ -200,8 +198,6 @@ def stored_kv_bytes(sizes: DecoderSizes, context: int, kv_bits: int, page_size: 
     """
     _check_cache(context, kv_bits)
     check_count("the page size", page_size)
-    if page_size > LARGEST:
-        raise InputError(f"the page size must be at most {LARGEST:,}, got {len(str(page_size))} digits")
     windows = sizes.windows or (None,) * len(sizes.specs)
     return sum(
         (element_bytes(spec, kv_bits) + scale_bytes(spec, kv_bits))
@@ -211,9 +207,7 @@ def stored_kv_bytes(sizes: DecoderSizes, context: int, kv_bits: int, page_size: 
 
 
 def _check_cache(context: int, kv_bits: int) -> None:
-    check_count("the context", context)
-    if context > LONGEST_CONTEXT:
-        raise InputError(f"the context must be at most {LONGEST_CONTEXT:,}, got {len(str(context))} digits")
+    check_count("the context", context, LONGEST_CONTEXT)
     if kv_bits not in KV_BITS:
         raise InputError(f"a cached element has 16, 8 or 4 bits, got {kv_bits}")
 
@@ -268,12 +262,11 @@ def _layer_rows(sizes: DecoderSizes, kv_bits: int) -> list[dict[str, Any]]:
 
 def check_layers(what: str, value: Any) -> None:
     """InputError unless it is a number of layers that a decoder may have: one spec is made for each."""
-    check_count(what, value)
-    if value > MAX_LAYERS:
-        raise InputError(f"{what} must be at most {MAX_LAYERS:,}, got {value:,}")
+    check_count(what, value, MAX_LAYERS)
 
 
-def check_count(what: str, value: Any) -> None:
-    """InputError unless it is a whole number of at least 1."""
+def check_count(what: str, value: Any, most: int = LARGEST) -> None:
+    """InputError unless it is a whole number of at least 1 and at most `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{what} must be a whole number of at least 1, got {value!r}")
+    check_most(what, value, most)

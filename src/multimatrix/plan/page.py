@@ -57,7 +57,9 @@ def render(planned: Sequence[DecoderSizes], rows: Sequence[Row], question: Quest
         version=__version__,
         command=shlex.join(["multimatrix", *sys.argv[1:]]),
         headline=headline(rows),
-        warnings=dict.fromkeys(f"{sizes.name}: {warning}" for sizes in planned for warning in sizes.warnings),
+        warnings=[
+            f"{sizes.name}: {warning}" for sizes in planned if sizes.instead_of is None for warning in sizes.warnings
+        ],
         context=f"{context:,}",
         batch=batch,
         question=question,

@@ -21,7 +21,10 @@ from fractions import Fraction
 
 from multimatrix.attention import AttentionSpec
 from multimatrix.errors import InputError
+from multimatrix.fields import nearest_divisor
 from multimatrix.plan.model import DecoderSizes, check_count
+
+MOST_DEVICES = 100_000
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,12 @@ class Layout:
 
     def __post_init__(self) -> None:
         for field, value in vars(self).items():
-            check_count(f"the number of ways of {field.replace('_', ' ')} parallelism", value)
+            check_count(f"the number of ways of {field.replace('_', ' ')} parallelism", value, MOST_DEVICES)
+        if self.devices > MOST_DEVICES:
+            raise InputError(
+                f"{' x '.join(str(ways) for ways in vars(self).values())} are {self.devices:,} devices; they must be "
+                f"at most {MOST_DEVICES:,}"
+            )
 
     @property
     def devices(self) -> int:
@@ -77,17 +85,13 @@ def check_layout(sizes: DecoderSizes, layout: Layout) -> None:
             raise InputError(
                 f"{sizes.name} has {spec.num_heads} heads, which tensor parallelism cannot share out to "
                 f"{layout.tensor} devices; their number must divide the heads, the nearest that does: "
-                f"{_nearest_divisor(spec.num_heads, layout.tensor)}"
+                f"{nearest_divisor(spec.num_heads, layout.tensor)}"
             )
     groups = max(spec.cache.key[0] for spec in sizes.specs)
     raise InputError(
         f"{sizes.name} has {groups} key heads, which tensor parallelism can neither share out to {layout.tensor} "
         f"devices nor copy evenly; use a number that divides {groups} or is a multiple of it"
     )
-
-
-def _nearest_divisor(count: int, near: int) -> int:
-    return min((d for d in range(1, count + 1) if count % d == 0), key=lambda d: abs(d - near))
 
 
 def key_head_share(spec: AttentionSpec, layout: Layout) -> Fraction:

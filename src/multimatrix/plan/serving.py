@@ -34,12 +34,21 @@ from typing import Any, Literal
 from multimatrix.errors import InputError
 from multimatrix.plan.forms import crossing, prefill_flops
 from multimatrix.plan.hardware import Hardware
-from multimatrix.plan.model import KV_BITS, DecodeCost, DecoderSizes, check_count, decode_cost, stored_kv_bytes
+from multimatrix.plan.model import (
+    KV_BITS,
+    LONGEST_CONTEXT,
+    DecodeCost,
+    DecoderSizes,
+    check_count,
+    decode_cost,
+    stored_kv_bytes,
+)
 from multimatrix.plan.parallel import Kind, Layout, attention_share, check_layout, cuts, kinds, runs, weights_per_device
 
 Bound = Literal["memory", "arithmetic"]
 LONGEST = 2**40  # contexts beyond this are called unlimited
-MOST_DEVICES = 4096
+MOST_SEARCHED = 4096  # devices
+MOST_SEQUENCES = 10**15
 
 
 @dataclass(frozen=True)
@@ -84,20 +93,20 @@ class Serving:
             raise InputError(f"a weight has 16, 8 or 4 bits, got {self.weight_bits}")
         if not 0 <= self.workspace < 1:
             raise InputError(f"the workspace must be at least 0 % and below 100 %, got {100 * self.workspace:g} %")
-        if not 0 < self.efficiency <= 1:
-            raise InputError(f"the efficiency must be above 0 % and at most 100 %, got {100 * self.efficiency:g} %")
+        if not 0.001 <= self.efficiency <= 1:
+            raise InputError(f"the efficiency must be from 0.1 % to 100 %, got {100 * self.efficiency:g} %")
         check_layout(self.sizes, self.layout)
 
     @property
     def bits(self) -> list[int]:
-        """Those of weights and cache, each once."""
-        return sorted({self.weight_bits, self.kv_bits}, reverse=True)
+        """Of the operands of weights and cache, each once: 8 at the least."""
+        return sorted({max(8, bits) for bits in (self.weight_bits, self.kv_bits)}, reverse=True)
 
     # ---- time -------------------------------------------------------------------------------------------------
 
     def step(self, batch: int, context: int) -> dict[str, Work]:
         """The parts of one decode step on the busiest device."""
-        check_count("the batch", batch)
+        check_count("the batch", batch, MOST_SEQUENCES)
         layout, fixed = self.layout, self._fixed
         sequences, tokens = layout.sequences(batch), math.ceil(batch / layout.data)
         costs = [(kind, decode_cost(kind.layer, context, self.kv_bits)) for kind in self._kinds]
@@ -187,7 +196,8 @@ class Serving:
         """Sequences of so many tokens whose cache fits on all devices together; 0 where none does."""
         if self.cache_memory <= 0:
             return 0
-        return self.layout.attention_groups * int(self.cache_memory // self.kv_bytes_per_sequence(context))
+        each = int(self.cache_memory // self.kv_bytes_per_sequence(context))
+        return min(MOST_SEQUENCES, self.layout.attention_groups * each)
 
     def longest_context(self, batch: int) -> int:
         """The longest context at which so many sequences fit; 0 where none does, LONGEST where nothing bounds it."""
@@ -232,7 +242,7 @@ def _whole(step: dict[str, Work]) -> Work:
 
 def prompt_flops(sizes: DecoderSizes, context: int) -> int:
     """FLOPs of the prefill of one prompt: every layer for every token, the output head for the last."""
-    check_count("the context", context)
+    check_count("the context", context, LONGEST_CONTEXT)
     parts = sizes.parts(active=True)
     attention = sum(prefill_flops(spec, context, window) * count for spec, window, count in runs(sizes))
     return (
@@ -257,7 +267,7 @@ def least_layout(
     taken, of equals the one with more tensor parallelism.
     """
     devices = at_least
-    while devices <= MOST_DEVICES:
+    while devices <= MOST_SEARCHED:
         found = [
             serving
             for serving in _cuts(sizes, chip, devices, settings)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,13 @@ def from_place(place: str) -> DecoderSizes:
         except OSError as error:  # a name that no file can have
             raise InputError(f"{shown(place)} cannot be read: {error.strerror}; name a file or folder") from error
     return from_fields(read_object(hub_config(place)), name=place.partition("/")[2], source=place)
+
+
+def from_places(places: Iterable[str], taken: Iterable[str]) -> list[DecoderSizes]:
+    """The models of `from_place`; one whose name another has, or is `taken`, is called by its place."""
+    models = {place: from_place(place) for place in places}
+    often = Counter([*taken, *(model.name for model in models.values())])
+    return [replace(model, name=place) if often[model.name] > 1 else model for place, model in models.items()]
 
 
 def from_config(place: Path) -> DecoderSizes:

@@ -182,7 +182,7 @@ def device_table(rows: Sequence[Row]) -> Table:
                     ],
                 )
 
-    return _table(["", "parallelism", "weights", "KV/token", "sequences", "max. batch", "cached"], lines())
+    return _table(["", "parallelism", "weights", "KV/token", "sequences", "max.\nbatch", "cached"], lines())
 
 
 def copies(rows: Sequence[Row]) -> bool:
@@ -258,8 +258,8 @@ def nothing_found(row: Row) -> str:
 def search_table(row: Row) -> Table:
     """What a search has found."""
     fast = row["search"]["hardware"] is not None
-    headings = ["", "heads", "C", "R", "rank", "KV/token", "of own", "attention"]
-    headings += ["ms/token", "max. batch"] if fast else []
+    headings = ["", "heads", "C", "R", "rank", "KV/token", "of own", "weights"]
+    headings += ["ms/token", "max.\nbatch"] if fast else []
 
     def lines() -> Iterator[tuple[str, list[str | Cell]]]:
         for one in row["search"]["found"]:

@@ -48,7 +48,6 @@ def make_arguments(
         max_grad_norm=1.0,
         seed=seed,
         bf16=protocol.precision == "bfloat16",
-        torch_compile=protocol.compile,
         use_cpu=device.type == "cpu",
         eval_strategy="steps",
         eval_steps=math.ceil(protocol.steps / protocol.evaluations),

@@ -30,7 +30,7 @@ class Protocol:
     of both optimizers. evaluations: how often the validation loss is taken, evenly spaced, the last after the last
     step. precision: "float32", or "bfloat16" autocast. optimizer: "adamw" (betas 0.9 and 0.95), or "muon" for the
     matrices of the layers and AdamW for everything else, see `train.optimizers`; gradients are clipped at norm 1.
-    compile: torch.compile, which rounds otherwise.
+    compile: every layer by torch.compile, which rounds otherwise.
     """
 
     steps: int

@@ -23,8 +23,7 @@ class Recorder(TrainerCallback):
     """Collects the losses of every step and makes metrics rows of them.
 
     write: takes every row. stop: whether the run is asked to stop, asked by all processes together after every step.
-    flops_per_token: of training, forward and backward, for the model FLOP utilization; it is given where the peak of
-    the device, `peak_flops_per_second`, is known as well.
+    utilization: the model FLOP utilization at so many tokens per second, None where the device's peak is not known.
     """
 
     def __init__(
@@ -34,15 +33,13 @@ class Recorder(TrainerCallback):
         *,
         write: Callable[[dict[str, Any]], None],
         stop: Callable[[], bool],
-        flops_per_token: float | None = None,
-        peak_flops_per_second: float | None = None,
+        utilization: Callable[[float], float | None] = lambda tokens_per_second: None,
     ) -> None:
         self.protocol = protocol
         self.device = device
         self.write = write
         self.stop = stop
-        self.flops_per_token = flops_per_token
-        self.peak_flops_per_second = peak_flops_per_second
+        self.utilization = utilization
         self.validation_loss: float | None = None
         self.stopped_at: int | None = None
         self.memory = PeakMemory(device)
@@ -108,9 +105,8 @@ class Recorder(TrainerCallback):
             "learning_rate": learning_rate,
             "tokens_per_second": round(speed, 1),
         }
-        if self.flops_per_token is not None and self.peak_flops_per_second is not None:
-            peak = self.peak_flops_per_second * processes.count()
-            found["mfu"] = round(speed * self.flops_per_token / peak, 4)
+        if (share := self.utilization(speed)) is not None:
+            found["mfu"] = round(share, 4)
         if (memory := self.memory.bytes()) is not None:
             found["memory_bytes"] = memory
         found["seconds_left"] = round(left, 1)

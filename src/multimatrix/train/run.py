@@ -17,6 +17,7 @@ from multimatrix.files import writing
 from multimatrix.locks import locked
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.modeling import MultimatrixForCausalLM
+from multimatrix.plan.training import flop_utilization, training_flops_per_token
 from multimatrix.train import processes
 from multimatrix.train.arguments import make_arguments
 from multimatrix.train.checkpoints import Checkpoint, Checkpoints
@@ -64,8 +65,6 @@ def train(
     device: torch.device,
     execution: Execution | None = None,
     identity: dict[str, Any] | None = None,
-    flops_per_token: float | None = None,
-    peak_flops_per_second: float | None = None,
     held: bool = False,
     begin: Callable[[], None] = lambda: None,
     on_step: Callable[[dict[str, Any]], None] = lambda row: None,
@@ -78,10 +77,9 @@ def train(
     processes, each of them calls this, and the first one writes.
 
     seed: of the initial weights and of the data order, which is the same for every model of that seed and for any
-    number of processes. identity: what decides the result; checkpoints of another one are refused. flops_per_token,
-    peak_flops_per_second: see `Recorder`. held: whether the caller holds the lock of the folder already. begin: called
-    in the first process once the folder is its own. on_step: sees every metrics row as it is written. say: gets one
-    line for the person who waits.
+    number of processes. identity: what decides the result; checkpoints of another one are refused. held: whether the
+    caller holds the lock of the folder already. begin: called in the first process once the folder is its own.
+    on_step: sees every metrics row as it is written. say: gets one line for the person who waits.
 
     Raises:
         RunFailed: the loss is no longer a number; the checkpoints from before are kept.
@@ -129,13 +127,14 @@ def train(
             # It was called otherwise before transformers 5.24.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable()
+        if protocol.compile:
+            model.compile_layers()
         recorder = Recorder(
             protocol,
             arguments.device,
             write=write,
             stop=stop,
-            flops_per_token=flops_per_token,
-            peak_flops_per_second=peak_flops_per_second,
+            utilization=_utilization(config, protocol.context, arguments.device),
         )
         trainer = PretrainingTrainer(
             protocol=protocol,
@@ -148,10 +147,12 @@ def train(
             train_dataset=OrderedBlocks(text.train, protocol.steps * protocol.batch_size, seed),
             eval_dataset=BlockDataset(text.validation),
         )
-        # This is how a model is told to balance its experts; nobody asks for it once it is trained.
-        asked, model.config.output_router_logits = config.output_router_logits, config.mixture_of_experts is not None
+        # What only training asks of a model: to balance its experts, and to keep no logits beside the loss.
+        asked = {"output_router_logits": config.mixture_of_experts is not None, "skip_logits": True}
+        before = {name: getattr(model.config, name) for name in asked}
+        model.config.update(asked)
         trainer.train(resume_from_checkpoint=str(found.path) if found is not None else None)
-        model.config.output_router_logits = asked
+        model.config.update(before)
         if recorder.stopped_at is not None:
             raise RunStopped(f"stopped after step {recorder.stopped_at} of {protocol.steps}, with a checkpoint")
     assert recorder.validation_loss is not None, "the last step is always evaluated"
@@ -161,6 +162,14 @@ def train(
         recorder.tokens_per_second,
         recorder.memory.bytes(),
     )
+
+
+def _utilization(config: MultimatrixConfig, context: int, device: torch.device) -> Callable[[float], float | None]:
+    """The model FLOP utilization at so many tokens per second of all processes together."""
+    if device.type != "cuda":
+        return lambda tokens_per_second: None
+    flops, name = training_flops_per_token(config, context), torch.cuda.get_device_name(device)
+    return lambda tokens_per_second: flop_utilization(flops, tokens_per_second, name, processes.count())
 
 
 def _tensorboard(directory: Path, found: Checkpoint | None) -> list[TrainerCallback]:
