@@ -607,17 +607,14 @@ def test_a_run_in_its_middle_goes_on_from_its_checkpoint(finished, compare, tmp_
 
 
 def test_checkpoints_of_other_sizes_are_refused(compare, tmp_path, monkeypatch):
-    """Sizes may be added to a comparison, but not to a run that has begun; the others go on."""
+    """Sizes may be added to a comparison, but not to a run that has begun."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         fail_in_run(patch, "mfa_kr-seed0", KeyboardInterrupt())
         compare(out, *TWO_RUNS)
     done = compare(out, *TWO_RUNS, "--set", "mfa_kr.num_heads=3")
-    assert done.status == 1
-    reason = read(out / "results.json")["runs"][1]["reason"]
-    assert "num_heads = " in reason
-    assert "and this run has" in reason
-    assert f"mfa_kr-seed0 failed: {reason}" in done.err
+    assert "num_heads = " in done.sentence
+    assert "and this run has" in done.sentence
 
 
 def test_an_interrupt_before_anything_is_done(compare, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from multimatrix.compare.configuration import make_comparison
 from multimatrix.compare.folder import LOCK, RUN_LOCK, state_of
 from multimatrix.compare.on_ray import OnRay
 from multimatrix.locks import is_locked, locked
+from multimatrix.train.protocol import STOPPED
 
 SMALL = ["--hidden-size", 32, "--head-dim", 8, "--layers", 2, "--context", 32, "--batch-size", 4]
 SMALL += ["--evaluations", 2, "--validation-tokens", 256, "--learning-rate", 3e-3]
@@ -221,6 +222,37 @@ def test_what_befalls_one_run_leaves_the_others_alone(compare, alone, tmp_path, 
         assert metrics(out, name) == metrics(alone, name)
 
 
+@pytest.mark.parametrize("launcher", ["local", "ray"])
+def test_an_interrupted_run_goes_on_from_its_checkpoint(compare, alone, tmp_path, monkeypatch, request, launcher):
+    """It was trained in this process; whoever goes on, it ends as if nothing had been."""
+    if launcher == "ray":
+        request.getfixturevalue("cluster")
+    out, name, train = tmp_path / "out", "mfa_kr-seed0", execute.train
+
+    def interrupted(*args, directory, on_step, **others):
+        def show(row):
+            on_step(row)
+            if directory.name == name and row["step"] == 4:
+                raise KeyboardInterrupt
+
+        return train(*args, directory=directory, on_step=show, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execute, "train", interrupted)
+        assert compare(out, *TWO_RUNS).status == 130
+    assert statuses(out) == {"mha-seed0": "done", name: "stopped"}
+    done = compare(out, *TWO_RUNS, "--launcher", launcher)
+    assert done.status == 0, done.err
+    assert [step for step in range(1, 7) if f"{name} step {step}/6: loss " in done.err] == [4, 5, 6]
+    if launcher == "local":
+        said = (out / "runs" / name / "log.txt").read_text()
+        assert f"{name}: continuing from the checkpoint of step 3" in said
+    assert metrics(out, name) == metrics(alone, name)
+    first, second = (folder / "runs" / name / "model" / "model.safetensors" for folder in (alone, out))
+    assert first.read_bytes() == second.read_bytes()
+    assert not list(out.rglob("checkpoints"))
+
+
 def test_sigterm_stops_the_workers_and_gathers(text, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "multimatrix", "compare", "--data", text, *SMALL, *ENDLESS, "--out", out, *LOCAL]
@@ -260,7 +292,7 @@ def test_a_worker_ends_when_who_started_it_is_killed(text, tmp_path):
         until(lambda: worker.poll() is not None or state_of(run.directory).status == "running")
         assert worker.poll() is None
         worker.stdin.close()
-        assert worker.wait(timeout=60) == local.STOPPED
+        assert worker.wait(timeout=60) == STOPPED
     finally:
         worker.kill()
     assert state_of(run.directory).status in ("stopped", "missing")
@@ -346,6 +378,7 @@ def test_the_launcher_follows_the_devices(monkeypatch):
         (["--launcher", "slurm"], "launcher must be one of in-process, local, ray, got 'slurm'"),
         (["--workers", 0], "workers must be at least 1, got 0"),
         (["--launcher", "in-process", "--workers", 2], "one process trains one run at a time, not 2"),
+        (["--launcher", "local", "--micro-batch-size", 3], "which micro_batch_size 3 does not divide"),
     ],
 )
 def test_launchers_that_cannot_be(compare, tmp_path, words, fragment):
@@ -420,8 +453,8 @@ def test_rows_are_read_whole_and_once(tmp_path):
         file.flush()
         assert tail.new_rows() == [{"step": 3}]
     assert tail.new_rows() == []
-    path.write_text('{"step": 1}\n')
-    assert tail.new_rows() == [{"step": 1}], "it was written anew"
+    path.write_text('{"step": 1}\n{"step": 2, "loss": 1}\n')
+    assert tail.new_rows() == [{"step": 2, "loss": 1}], "the run went on after step 1"
 
 
 # ---- Ray ---------------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import fcntl
 import io
 import json
 import math
@@ -24,6 +24,7 @@ from rich.console import Console
 from command import multimatrix
 from multimatrix.compare import figures, report
 from multimatrix.compare.overview import write_overview
+from multimatrix.locks import locked
 from multimatrix.pages.drawing import format_bytes, style_of
 
 # variant, shape, KV bytes per token, validation loss, verdict
@@ -533,8 +534,7 @@ def runs(tmp_path) -> Path:
 
 
 def test_all_runs_of_a_folder(runs):
-    with (runs / "big" / "mha" / "metrics.jsonl").open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as whoever trains there does
+    with locked(runs / "big" / "mha" / "run.lock", ""):  # as whoever trains there does
         found = write_overview(runs)
         done = multimatrix("report", runs)
     assert found.running
@@ -577,14 +577,14 @@ def test_more_runs_than_can_be_told_apart(tmp_path):
 
 
 def test_follow_ends_with_the_last_run(runs, monkeypatch):
-    metrics = (runs / "big" / "mha" / "metrics.jsonl").open()
-    fcntl.flock(metrics, fcntl.LOCK_EX)
+    lock = contextlib.ExitStack()
+    lock.enter_context(locked(runs / "big" / "mha" / "run.lock", ""))
     slept = []
 
     def sleep(seconds: float) -> None:
         slept.append(seconds)
         if len(slept) == 2:
-            metrics.close()
+            lock.close()
 
     monkeypatch.setattr(time, "sleep", sleep)
     done = multimatrix("report", runs, "--follow", "--every", 5)

@@ -20,15 +20,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from command import Done, multimatrix
 from multimatrix.data import OrderedBlocks
 from multimatrix.errors import InputError
+from multimatrix.locks import locked
 from multimatrix.model.modeling import MultimatrixForCausalLM
 from multimatrix.plan.numbers import decoder_parameters
 from multimatrix.train import arguments, checkpoints, command, run, trainer
 from multimatrix.train.arguments import evaluation_batch
 from multimatrix.train.configuration import Training
-from multimatrix.train.metrics import MetricsFile, metrics_file
+from multimatrix.train.metrics import MetricsFile
 from multimatrix.train.optimizers import MuonWithAdamW, muon_with_adamw
 from multimatrix.train.progress import row_text
-from multimatrix.train.protocol import Execution
+from multimatrix.train.protocol import Execution, RunStopped
+from multimatrix.train.stopping import stop_on_sigterm, stop_requests
 from train_settings import SMALL, STEPS, losses, rows, steps_kept, weights, write_text
 
 
@@ -198,6 +200,20 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def test_sigterm_in_the_last_step_goes_to_who_is_around():
+    """The run is done then, and the others of a comparison must not begin."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def late():
+        with stop_on_sigterm(), stop_requests() as asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert asked()
+
+    with pytest.raises(RunStopped, match="stopped by SIGTERM"):
+        late()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_skipped(finished, train, tmp_path, monkeypatch, damage):
     whole, _ = finished
@@ -319,8 +335,9 @@ def test_two_starts_at_once(train, tmp_path, monkeypatch):
     interrupted(train, out, monkeypatch)
     (out / "checkpoints" / ".step-6.writing").mkdir()
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    with metrics_file(out / "metrics.jsonl"):
-        assert f"another process is training in {out}" in train(out).sentence
+    with locked(out / "run.lock", ""):
+        sentence = train(out).sentence
+    assert f"is at work in {out}; wait for it, stop it, or choose another --out" in sentence
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert train(out).status == 0
 

@@ -5,24 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from multimatrix.errors import InputError
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None  # type: ignore[assignment]
-
 
 @contextlib.contextmanager
-def locked(path: Path, way_out: str, patience: float = 0) -> Iterator[None]:
+def locked(
+    path: Path, way_out: str, patience: float = 0, waiting: Callable[[], object] = lambda: None
+) -> Iterator[None]:
     """Hold the lock file `path`; it is gone afterwards, and free when this process is killed.
 
-    patience: seconds to wait for another process to let go.
+    patience: seconds to wait for another process to let go, -1 for as long as it takes. waiting: called once where
+    it has to wait.
 
     Raises:
         InputError: another process holds it, which the sentence names, before `way_out`.
@@ -31,7 +29,11 @@ def locked(path: Path, way_out: str, patience: float = 0) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=patience)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waiting()
+            lock.acquire(timeout=patience)
     except Timeout:
         raise InputError(f"another process{_holder(path)} is at work in {path.parent}; {way_out}") from None
     try:
@@ -53,20 +55,6 @@ def is_locked(path: Path) -> bool:
         return True
     path.unlink(missing_ok=True)  # it was left by a process that was killed
     lock.release()
-    return False
-
-
-def is_open_for_work(path: Path) -> bool:
-    """Whether a living process holds the file at `path` itself, as a run that is trained holds its metrics."""
-    if fcntl is None or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # a file system that knows no locks
-            pass
     return False
 
 

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from multimatrix.compare import report
 from multimatrix.compare.configuration import make_comparison
-from multimatrix.compare.interrupt import stop_on_sigterm
 from multimatrix.compare.launch import Launcher, make_launcher
 from multimatrix.compare.matching import Candidate
 from multimatrix.compare.prepare import Prepared, prepare
@@ -20,6 +19,7 @@ from multimatrix.compare.run import run_comparison
 from multimatrix.environment import command_line
 from multimatrix.errors import InputError
 from multimatrix.train.protocol import STOPPED, RunStopped
+from multimatrix.train.stopping import stop_on_sigterm
 
 INTERRUPTED = 130
 

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from multimatrix.compare.folder import METRICS
 from multimatrix.pages.drawing import INK, End, display_name, dress, empty, label_ends, style_of
+from multimatrix.train.folder import METRICS
 
 # Points of a line that are drawn at most: long runs have more than a screen.
 DRAWN = 400
@@ -158,8 +158,7 @@ def _curve_of(directory: Path, run: dict[str, Any], key: str) -> Curve | None:
 def _read(path: Path, key: str) -> np.ndarray:
     """Tokens and finite values of `key`, [2, points].
 
-    A resumed run writes a step twice: the later line counts. A line that is not whole is skipped: the run was
-    interrupted while writing it.
+    A line that is not whole is skipped: it is being written, or the run was interrupted while writing it.
     """
     found: dict[int, float] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []

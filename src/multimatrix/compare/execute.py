@@ -10,14 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import CheckpointException
 
-from multimatrix.compare.folder import FAILURE, RESULT, RUN_LOCK
+from multimatrix.compare.folder import FAILURE, RESULT
 from multimatrix.compare.prepare import Prepared, Run
 from multimatrix.environment import environment
 from multimatrix.errors import InputError, one_line
 from multimatrix.evaluate.measure import counted_kv_bytes_per_token, decode_tokens_per_second
 from multimatrix.files import write_json
 from multimatrix.locks import locked
+from multimatrix.train.folder import RUN_LOCK
 from multimatrix.train.protocol import RunFailed
 from multimatrix.train.run import train
 
@@ -36,12 +38,12 @@ def attempt(
 ) -> str | None:
     """Train and measure one run; None when it is done, else why it failed, which failed.json says too.
 
-    show: gets every metrics row. say: gets one line for the person who waits. Nothing that goes wrong with the run
-    itself is raised, for the others go on.
+    A run that was stopped goes on from its newest checkpoint. show: gets every metrics row. say: gets one line for the
+    person who waits. Nothing that goes wrong with the run itself is raised, for the others go on.
 
     Raises:
         OSError: the disk is full or read-only.
-        KeyboardInterrupt: somebody wants it to stop.
+        KeyboardInterrupt: somebody wants it to stop; RunStopped after SIGTERM, in training with a checkpoint.
     """
     lock = locked(run.directory / RUN_LOCK, "it trains this run already", PATIENCE)
     try:
@@ -52,7 +54,7 @@ def attempt(
         (run.directory / FAILURE).unlink(missing_ok=True)
         _execute(prepared, run, command, show, say)
         return None
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         if isinstance(error, OSError) and error.errno in DISK:
             raise
         return record_failure(run, _reason(error), traceback.format_exc())
@@ -66,7 +68,7 @@ def record_failure(run: Run, reason: str, details: str | None = None) -> str:
     return reason
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Why the run failed, in a line; what nobody foresaw is named by its kind."""
     if isinstance(error, RunFailed | InputError | torch.OutOfMemoryError):
         return one_line(error)
@@ -91,6 +93,7 @@ def _execute(
         device=prepared.device,
         execution=prepared.comparison.execution(),
         identity=run.identity,
+        held=True,
         on_step=show,
         say=lambda line: say(f"{run.name}: {line}"),
     )

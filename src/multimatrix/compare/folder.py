@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from multimatrix.errors import InputError
-from multimatrix.locks import is_locked, is_open_for_work
-from multimatrix.train.folder import check_free, read_ours, refuse_difference
+from multimatrix.locks import is_locked
+from multimatrix.train.folder import METRICS, RUN_LOCK, check_free, read_ours, refuse_difference
 
 if TYPE_CHECKING:
     from multimatrix.compare.prepare import Prepared
 
 RESULT = "result.json"  # of a run: written last, so that it is there only when everything is
 FAILURE = "failed.json"  # of a run: why it ended without a result
-METRICS = "metrics.jsonl"
-RUN_LOCK = "run.lock"
 LOCK = "compare.lock"
 SHARED = "shared"  # what the workers of a comparison read, while it runs
 # What result.json holds of a run beside its identity and environment.
@@ -62,7 +60,7 @@ def claim(out: Path, prepared: Prepared) -> dict[str, Any]:
             found[name] = settings[name]
         refuse_difference(out, found, settings, "comparison")
     else:
-        check_free(out, "comparison", besides=LOCK)
+        check_free(out, "comparison")
     return settings
 
 
@@ -71,7 +69,7 @@ def state_of(directory: Path) -> State:
     if (directory / RESULT).is_file():
         return State("done")
     metrics = directory / METRICS
-    if is_locked(directory / RUN_LOCK) or is_open_for_work(metrics):
+    if is_locked(directory / RUN_LOCK):
         return State("running")
     if (directory / FAILURE).is_file():
         try:

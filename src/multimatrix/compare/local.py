@@ -1,14 +1,14 @@
 """Runs of a comparison in processes of their own, a GPU each.
 
 Every run gets a fresh process: whatever ends it, ends it alone, and no memory of one run is missing to the next. The
-text is prepared once and mapped into each of them from a file. What a worker says goes to `log.txt` of its run, and how
-it fares is read from its metrics.jsonl and its exit status.
+text is prepared once and mapped into each of them from the token cache. What a worker says goes to `log.txt` of its
+run, and how it fares is read from its metrics.jsonl and its exit status.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -26,15 +26,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from multimatrix.compare.execute import DISK, PATIENCE, record_failure
-from multimatrix.compare.folder import FAILURE, METRICS, SHARED, state_of
+from multimatrix.compare.folder import FAILURE, SHARED, state_of
 from multimatrix.compare.launch import Watcher, visible_gpus
 from multimatrix.compare.prepare import Prepared, Run
+from multimatrix.train.folder import METRICS
 
 # For the last words of a process that crashes.
 FLAGS = ("-u", "-X", "faulthandler")
 PREPARED = "prepared.pickle"
 FAILED = 1  # exit status of a worker whose run failed; failed.json says why
-STOPPED = 130
 POLL = 0.2  # seconds
 
 
@@ -181,41 +181,36 @@ def share(prepared: Prepared, runs: Sequence[Run], command: str, shared: Path) -
     shared.mkdir(parents=True)
     text = prepared.text
     train, validation = Mapped.of(text.train, shared / "train"), Mapped.of(text.validation, shared / "validation")
-    bare = _with_blocks(prepared, np.empty(0, np.int32), np.empty(0, np.int32))
+    bare = prepared.with_blocks(text.train[:0], text.validation[:0])
     (shared / PREPARED).write_bytes(pickle.dumps((bare, train, validation, list(runs), command)))
 
 
 def read_shared(shared: Path, name: str) -> tuple[Prepared, Run, str]:
     """The comparison, one run of it, and the command, as `share` wrote them; the text is mapped, not read."""
     bare, train, validation, runs, command = pickle.loads((shared / PREPARED).read_bytes())
-    prepared = _with_blocks(bare, train.read(), validation.read())
+    prepared = bare.with_blocks(train.read(), validation.read())
     return prepared, next(run for run in runs if run.name == name), command
 
 
-def _with_blocks(prepared: Prepared, train: NDArray[np.integer], validation: NDArray[np.integer]) -> Prepared:
-    text = dataclasses.replace(prepared.text, train=train, validation=validation)
-    return dataclasses.replace(prepared, source=dataclasses.replace(prepared.source, text=text))
-
-
 class Tail:
-    """The rows that are appended to a metrics.jsonl from now on."""
+    """The rows that are written to a metrics.jsonl from now on."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._read = path.stat().st_size if path.is_file() else 0
+        self._seen = path.read_bytes() if path.is_file() else b""
 
     def new_rows(self) -> list[dict[str, Any]]:
         """What was written since the last call, whole lines only."""
         if not self.path.is_file():
             return []
-        if self.path.stat().st_size < self._read:  # it is written anew
-            self._read = 0
-        with self.path.open("rb") as file:
-            file.seek(self._read)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._read += len(whole) + len(newline)
+        found = self.path.read_bytes()
+        if not found.startswith(self._seen):  # it was cut to where the run goes on
+            pairs = zip(self._seen.splitlines(keepends=True), found.splitlines(keepends=True), strict=False)
+            self._seen = b"".join(old for old, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        new = found[len(self._seen) : found.rfind(b"\n") + 1]
+        self._seen += new
         rows = []
-        for line in whole.splitlines():
+        for line in new.splitlines():
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
         return [row for row in rows if isinstance(row, dict) and "step" in row]

@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from multimatrix.compare.execute import DISK, PATIENCE, attempt, record_failure
-from multimatrix.compare.folder import METRICS, RUN_LOCK, state_of
+from multimatrix.compare.folder import state_of
 from multimatrix.compare.launch import Watcher
 from multimatrix.compare.local import Tail
 from multimatrix.compare.prepare import Prepared, Run
 from multimatrix.errors import InputError, one_line
 from multimatrix.locks import is_locked
+from multimatrix.train.folder import METRICS, RUN_LOCK
 
 
 class OnRay:
@@ -59,7 +62,8 @@ class OnRay:
         # Tasks do not share the working directory of this process.
         waiting = deque(dataclasses.replace(run, directory=run.directory.absolute()) for run in runs)
         active: dict[Any, _Task] = {}
-        stored = ray.put(prepared)
+        # Machines share no token cache, so the text goes along; of memmaps Ray would make a copy in every task.
+        stored = ray.put(prepared.with_blocks(*map(np.asarray, (prepared.text.train, prepared.text.validation))))
         try:
             while waiting or active:
                 while waiting and len(active) < self.workers:

@@ -18,14 +18,14 @@ from rich.text import Text
 
 from multimatrix import __version__
 from multimatrix.compare import figures, report
-from multimatrix.compare.folder import FAILURE, LOCK, METRICS, RESULT, State, state_of
+from multimatrix.compare.folder import FAILURE, LOCK, RESULT, State, state_of
 from multimatrix.compare.results import gather, latest
 from multimatrix.errors import InputError
 from multimatrix.files import write_json, write_text
 from multimatrix.locks import is_locked, locked
 from multimatrix.pages.drawing import OTHER_COLOURS, STYLES, format_bytes, inline
 from multimatrix.pages.frame import page_template
-from multimatrix.train.folder import read_ours
+from multimatrix.train.folder import METRICS, read_ours
 from multimatrix.words import number
 
 DRAWN = 24  # curves that can still be told apart

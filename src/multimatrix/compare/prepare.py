@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from multimatrix.compare.configuration import Comparison
@@ -17,7 +19,9 @@ from multimatrix.compare.folder import MEASURED, RESULT
 from multimatrix.compare.matching import Candidate, match
 from multimatrix.data import PackedText, PreparedText
 from multimatrix.model.configuration import MultimatrixConfig
-from multimatrix.train.folder import read_ours, refuse_difference
+from multimatrix.train.arguments import check_trackers
+from multimatrix.train.checkpoints import check_identity
+from multimatrix.train.folder import CHECKPOINTS, read_ours, refuse_difference
 from multimatrix.train.protocol import Protocol
 
 
@@ -41,8 +45,13 @@ class Prepared:
 
     @property
     def corpus(self) -> dict[str, Any]:
-        """What the models read; the hash is over the documents."""
+        """What the models read, without the documents; the hash is over the documents."""
         return self.source.facts
+
+    def with_blocks(self, train: NDArray[np.integer], validation: NDArray[np.integer]) -> Prepared:
+        """The same with these arrays as the blocks of the text."""
+        text = dataclasses.replace(self.text, train=train, validation=validation)
+        return dataclasses.replace(self, source=dataclasses.replace(self.source, text=text))
 
 
 @dataclass(frozen=True)
@@ -59,22 +68,24 @@ class Run:
     def name(self) -> str:
         return f"{self.candidate.label}-seed{self.seed}"
 
-    def drop_checkpoints(self) -> None:
-        """A finished run needs none."""
-        shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)
-
     def finished(self) -> dict[str, Any] | None:
         """The stored result, or None where the run is not done.
 
         Raises:
-            InputError: the folder holds a finished run of another configuration, or a result that is damaged.
+            InputError: the folder holds a finished run or a checkpoint of another configuration, or a result that is
+                damaged.
         """
         path = self.directory / RESULT
         if not path.is_file():
+            check_identity(self.directory / CHECKPOINTS, self.identity)
             return None
         stored = read_ours(path, ("identity", *MEASURED), "compare", "delete it to train that run again")
         refuse_difference(self.directory, stored["identity"], self.identity, "comparison")
         return stored
+
+    def drop_checkpoints(self) -> None:
+        """A finished run needs none."""
+        shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)
 
 
 def prepare(comparison: Comparison, *, device_type: str, say: Callable[[str], None]) -> Prepared:
@@ -83,9 +94,12 @@ def prepare(comparison: Comparison, *, device_type: str, say: Callable[[str], No
     device_type: of the devices that will train, "cuda" or "cpu". say: gets one line for the person who waits.
 
     Raises:
-        InputError: text that cannot be read or is too small, or sizes that cannot work.
+        InputError: text that cannot be read or is too small, or settings that cannot work.
     """
-    # Sizes first: they fail in a blink, and reading a corpus may take minutes.
+    # What fails in a blink comes first: reading a corpus may take minutes.
+    execution = comparison.execution()
+    execution.accumulation(comparison.batch_size, 1)
+    check_trackers(execution.report_to)
     match(comparison, vocab_size=257)
     say("reading the text")
     source = comparison.prepare_text(say)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multimatrix import __version__
-from multimatrix.compare.folder import MEASURED, METRICS, RESULT, State
+from multimatrix.compare.folder import MEASURED, RESULT, State
 from multimatrix.compare.statistics import judge, summary
-from multimatrix.train.folder import read_ours
+from multimatrix.train.folder import METRICS, read_ours
 
 if TYPE_CHECKING:
     from multimatrix.compare.prepare import Prepared, Run

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from multimatrix.compare.execute import DISK, PATIENCE, attempt
-from multimatrix.compare.interrupt import stop_on_sigterm
-from multimatrix.compare.local import FAILED, STOPPED, read_shared
+from multimatrix.compare.local import FAILED, read_shared
+from multimatrix.train.protocol import STOPPED
+from multimatrix.train.stopping import stop_on_sigterm
 
 
 def main(shared: str, name: str) -> int:

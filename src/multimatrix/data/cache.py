@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
@@ -29,6 +28,7 @@ from multimatrix.data.packing import check_packing, token_stream, vocabulary_siz
 from multimatrix.data.tokenizer import load_tokenizer
 from multimatrix.errors import InputError
 from multimatrix.files import checksum, sync, write_json, writing
+from multimatrix.locks import locked
 
 SIDES = ("train", "validation")
 META = "meta.json"
@@ -72,22 +72,18 @@ def cached_tokens(
     key = _key(sources, tokenizer_name, existing, validation_fraction)
     folder = cache / key
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache / f"{key}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say("waiting for another process that tokenizes the same text")
-            lock.acquire()
-        try:
+        with locked(
+            cache / f"{key}.lock",
+            "choose another folder with --token-cache",
+            patience=-1,
+            waiting=lambda: say("waiting for another process that tokenizes the same text"),
+        ):
             found = _read(folder)
             if found is None:
                 if folder.exists():
                     say(f"warning: {folder} is damaged; the text is tokenized again")
                 corpus = load_corpus(sources, validation_fraction=validation_fraction)
                 found = _write(folder, corpus, existing or load_tokenizer(tokenizer_name, corpus.train))
-        finally:
-            lock.release()
     except OSError as error:
         raise InputError(
             f"the tokens cannot be kept in {error.filename or cache}: {error.strerror}; make room, or choose another "

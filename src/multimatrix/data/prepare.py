@@ -16,7 +16,7 @@ from multimatrix.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class PreparedText:
-    """Blocks to train and validate on.
+    """Blocks to train and validate on, mapped from the token cache.
 
     facts: what the models read, for results and model cards; `sha256` is over the documents.
     """

@@ -34,6 +34,16 @@ class Checkpoint:
     path: Path
 
 
+def check_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """InputError where a checkpoint in `folder` is of a run with other settings; no weights are read."""
+    for path in sorted(folder.glob(f"step-*/{MANIFEST}")):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["identity"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged one is skipped when the run goes on, too
+        refuse_difference(folder.parent, found, json.loads(json.dumps(identity)), "run")
+
+
 class Checkpoints:
     """The checkpoints of one run; every method is called by all processes together.
 

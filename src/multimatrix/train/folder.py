@@ -9,15 +9,16 @@ from typing import Any
 
 from multimatrix.errors import InputError
 
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+RUN_LOCK = "run.lock"  # held by whoever trains in the folder
 
-def check_free(out: Path, what: str, besides: str = "") -> None:
-    """InputError unless a folder can begin at `out`; what: a comparison, for example, of which it has no config.
 
-    besides: the name of a file that may be there.
-    """
+def check_free(out: Path, what: str) -> None:
+    """InputError unless a folder can begin at `out`; what: a comparison, for example, of which it has no config."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; choose another --out")
-    if out.exists() and any(path.name != besides for path in out.iterdir()):
+    if out.exists() and any(path.suffix != ".lock" for path in out.iterdir()):
         raise InputError(f"{out} is not empty and holds no {what} of ours; choose another --out")
 
 

@@ -9,13 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from multimatrix.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # a system without POSIX locks has no protection against two starts at once
-    fcntl = None  # type: ignore[assignment]
-
 
 class MetricsFile:
     """The rows of a run."""
@@ -46,22 +39,9 @@ class MetricsFile:
 
 @contextlib.contextmanager
 def metrics_file(path: Path) -> Iterator[MetricsFile]:
-    """The file, held by this process alone, and with it the run.
-
-    Raises:
-        InputError: another process holds it.
-    """
+    """The file, made where it is not there yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(
-                    f"another process is training in {path.parent}; wait for it, stop it, or choose another --out"
-                ) from error
-            except OSError:  # a file system that knows no locks
-                pass
         yield MetricsFile(file)
 
 

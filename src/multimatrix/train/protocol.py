@@ -18,7 +18,7 @@ class RunFailed(RuntimeError):
 
 
 class RunStopped(KeyboardInterrupt):
-    """SIGTERM asked the run to stop, and it did after a checkpoint; the message says at which step."""
+    """SIGTERM asked to stop; where that was in the middle of a run, the message says after which step."""
 
 
 @dataclass(frozen=True, kw_only=True)

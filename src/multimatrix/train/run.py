@@ -14,12 +14,14 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback, set_seed
 
 from multimatrix.data.packing import BlockDataset, OrderedBlocks, PackedText
 from multimatrix.files import writing
+from multimatrix.locks import locked
 from multimatrix.model.configuration import MultimatrixConfig
 from multimatrix.model.modeling import MultimatrixForCausalLM
 from multimatrix.plan.training import flop_utilization, training_flops_per_token
 from multimatrix.train import processes
 from multimatrix.train.arguments import make_arguments
 from multimatrix.train.checkpoints import Checkpoint, Checkpoints
+from multimatrix.train.folder import CHECKPOINTS, METRICS, RUN_LOCK
 from multimatrix.train.metrics import MetricsFile, metrics_file
 from multimatrix.train.protocol import Execution, Protocol, RunFailed, RunStopped
 from multimatrix.train.recorder import Recorder
@@ -63,6 +65,7 @@ def train(
     device: torch.device,
     execution: Execution | None = None,
     identity: dict[str, Any] | None = None,
+    held: bool = False,
     begin: Callable[[], None] = lambda: None,
     on_step: Callable[[dict[str, Any]], None] = lambda row: None,
     say: Callable[[str], None] = lambda line: None,
@@ -74,9 +77,9 @@ def train(
     processes, each of them calls this, and the first one writes.
 
     seed: of the initial weights and of the data order, which is the same for every model of that seed and for any
-    number of processes. identity: what decides the result; checkpoints of another one are refused. begin: called in
-    the first process once the folder is its own. on_step: sees every metrics row as it is written. say: gets one line
-    for the person who waits.
+    number of processes. identity: what decides the result; checkpoints of another one are refused. held: whether the
+    caller holds the lock of the folder already. begin: called in the first process once the folder is its own.
+    on_step: sees every metrics row as it is written. say: gets one line for the person who waits.
 
     Raises:
         RunFailed: the loss is no longer a number; the checkpoints from before are kept.
@@ -94,11 +97,16 @@ def train(
         device=device,
         validation_blocks=len(text.validation),
     )
-    checkpoints = Checkpoints(directory / "checkpoints", identity or {}, keep=execution.keep_checkpoints, say=say)
+    checkpoints = Checkpoints(directory / CHECKPOINTS, identity or {}, keep=execution.keep_checkpoints, say=say)
     with contextlib.ExitStack() as stack:
-        # Whoever holds the metrics holds the run; nothing is touched before.
         opened: list[MetricsFile] = []
-        processes.first_does(lambda: opened.append(stack.enter_context(metrics_file(directory / "metrics.jsonl"))))
+
+        def take() -> None:
+            if not held:  # nothing is touched before
+                stack.enter_context(locked(directory / RUN_LOCK, "wait for it, stop it, or choose another --out"))
+            opened.append(stack.enter_context(metrics_file(directory / METRICS)))
+
+        processes.first_does(take)
         metrics = opened[0] if opened else None
         processes.first_does(begin)
         found = checkpoints.newest()
@@ -145,8 +153,8 @@ def train(
         model.config.update(asked)
         trainer.train(resume_from_checkpoint=str(found.path) if found is not None else None)
         model.config.update(before)
-    if recorder.stopped_at is not None:
-        raise RunStopped(f"stopped after step {recorder.stopped_at} of {protocol.steps}, with a checkpoint")
+        if recorder.stopped_at is not None:
+            raise RunStopped(f"stopped after step {recorder.stopped_at} of {protocol.steps}, with a checkpoint")
     assert recorder.validation_loss is not None, "the last step is always evaluated"
     return TrainedRun(
         trainer.unwrapped(),
