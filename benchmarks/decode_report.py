@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from decode_modes import MODES
+from lines import Lines
 
 KERNEL = {
     "**multimatrix**, us": lambda row: f"{row['us']:,.1f}",
@@ -19,15 +18,6 @@ KERNEL = {
     "TFLOP/s": lambda row: f"{row['TFLOP/s']:,.0f}",
     "relative error": lambda row: f"{row['error']:.1e}",
 }
-
-
-@dataclass(frozen=True)
-class Lines:
-    """One table: a title, the header and what stands below it."""
-
-    title: str
-    header: list[str]
-    body: list[list[str]]
 
 
 def tables(report: dict[str, Any]) -> Iterator[Lines]:
@@ -77,13 +67,7 @@ def print_tables(report: dict[str, Any]) -> None:
     for line in origin(report):
         console.print(line, markup=False)
     for lines in tables(report):
-        table = Table(title=lines.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-        for index, name in enumerate(lines.header):
-            table.add_column(name, justify="right" if index else "left", no_wrap=True)
-        for cells in lines.body:
-            table.add_row(*(cell.replace("**", "") for cell in cells))
-        console.print()
-        console.print(table)
+        lines.show(console)
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -96,6 +80,5 @@ def markdown(report: dict[str, Any]) -> str:
         "peer that refuses or fails shows -."
     )
     for lines in tables(report):
-        rows = [lines.header, ["---", *["---:"] * (len(lines.header) - 1)], *lines.body]
-        parts += [f"## {lines.title}", "\n".join("| " + " | ".join(row) + " |" for row in rows)]
+        parts += [f"## {lines.title}", lines.markdown()]
     return "\n\n".join(parts) + "\n"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+
+from lines import Lines
 
 MFU_BARS = {"350m": 0.45, "1b": 0.50}  # of MFA, at a context of 2048
 BAR_CONTEXT = 2048
@@ -20,15 +20,6 @@ SHARES = [
     "time: attention / products / compiled / optimizer / other",
     "attention of a layer, ms: cuDNN / flash / efficient",
 ]
-
-
-@dataclass(frozen=True)
-class Lines:
-    """One table: a title, the header and what stands below it."""
-
-    title: str
-    header: list[str]
-    body: list[list[str]]
 
 
 def tables(report: dict[str, Any]) -> Iterator[Lines]:
@@ -121,13 +112,7 @@ def print_tables(report: dict[str, Any]) -> None:
     for line in origin(report):
         console.print(line, markup=False)
     for lines in tables(report):
-        table = Table(title=lines.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-        for index, heading in enumerate(lines.header):
-            table.add_column(heading, justify="right" if index else "left", no_wrap=True)
-        for cells in lines.body:
-            table.add_row(*(cell.replace("**", "") for cell in cells))
-        console.print()
-        console.print(table)
+        lines.show(console)
     console.print()
     for line in bars(report):
         console.print(line, markup=False)
@@ -137,9 +122,7 @@ def markdown(report: dict[str, Any]) -> str:
     """The same for a file in results/."""
     parts = ["# Training throughput", f"    {report['command']}", "\n".join(f"- {line}" for line in origin(report))]
     for lines in tables(report):
-        rule = "| --- |" + " ---: |" * (len(lines.header) - 1)
-        rows = ["| " + " | ".join(cells) + " |" for cells in (lines.header, *lines.body)]
-        parts += [f"**{lines.title}**", "\n".join([rows[0], rule, *rows[1:]])]
+        parts += [f"**{lines.title}**", lines.markdown()]
     if sentences := bars(report):
         parts.append("\n".join(f"- {sentence}" for sentence in sentences))
     return "\n\n".join(parts) + "\n"
