@@ -421,7 +421,7 @@ def combine_kernel(
 
     # What this kernel takes is latency: all loads are under way at once. A split that saw nothing wrote nothing, and
     # what lies in its place is not used.
-    if BLOCK_R > 1 or BLOCK_S == 2:
+    if BLOCK_R > 1:
         top = sink
         for split in tl.static_range(BLOCK_S):
             there = row_valid & (split < num_splits)

@@ -187,16 +187,15 @@ def _widen_warps(run, narrow, wide, full, empty, converted, taken):
 
 
 @gluon.jit
-def _scores(queries, keys, second_keys, layout: gl.constexpr, VALUE: gl.constexpr):  # [BLOCK_R, BLOCK_N]
-    """Products of a tile, started: both halves of turned keys, or both parts of the query."""
+def _scores(queries, keys, second_keys, layout: gl.constexpr):  # [BLOCK_R, BLOCK_N]
+    """Products of a tile, started: both halves of turned keys, or both parts of the query with the same keys.
+
+    The second part, which is small, comes first: the sum of e4m3 products is cut to 14 bits at every step.
+    """
     BLOCK_N: gl.constexpr = keys.shape[0]
     nothing = gl.zeros([BLOCK_R, BLOCK_N], gl.float32, layout)
     query, second_query = queries
-    if VALUE == ROTATE:
-        s = warpgroup_mma(second_query, second_keys.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    else:
-        # The low part first: the sum of e4m3 products is cut to 14 bits at every step.
-        s = warpgroup_mma(second_query, keys.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    s = warpgroup_mma(second_query, second_keys.permute((1, 0)), nothing, use_acc=False, is_async=True)
     return warpgroup_mma(query, keys.permute((1, 0)), s, is_async=True)
 
 
@@ -315,7 +314,7 @@ def _attend_warps(
     to_phase = 0
     mbarrier.wait((converted if ready else full).index(0), 0, pred=low < high)
     fence_async_shared()
-    s = _scores(queries, scored.index(0), second_scored.index(0), score_layout, VALUE)
+    s = _scores(queries, scored.index(0), second_scored.index(0), score_layout)
     s = warpgroup_mma_wait(0, deps=[s])
     if VALUE == ROTATE:
         mbarrier.arrive(taken.index(0), count=1, pred=low < high)
@@ -334,7 +333,7 @@ def _attend_warps(
         fence_async_shared()
         # Past the last tile these are of whatever lies there, and their weights 0.
         scoring = next_to if VALUE == ROTATE else next_slot
-        s = _scores(queries, scored.index(scoring), second_scored.index(scoring), score_layout, VALUE)
+        s = _scores(queries, scored.index(scoring), second_scored.index(scoring), score_layout)
         weights = gl.convert_layout(p, gl.DotOperandLayout(0, out_layout, 2))
         summing = slot if VALUE == ROTATE else to
         acc = warpgroup_mma(weights, summed.index(summing), acc, is_async=True)
